@@ -1,0 +1,195 @@
+"""SpikingJelly nodes over the time-loop operation."""
+
+from __future__ import annotations
+
+import torch
+from spikingjelly.activation_based import base, neuron
+from torch import Tensor, nn
+
+from . import dynamics
+from .dynamics import Dynamics
+from .op import time_loop
+from .surrogate import LinearSurrogate
+
+State = tuple[object, ...]
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    """Potentials are kept in float32 even where the input has half precision."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fit_state(v: object, x: Tensor, start: float) -> Tensor:
+    """The state as a tensor that fits one step ``x``: a new one where batch or shape changed."""
+    dtype = _state_dtype(x)
+    if isinstance(v, Tensor) and v.shape == x.shape:
+        return v.to(dtype=dtype, device=x.device)
+    return torch.full_like(x, start, dtype=dtype, requires_grad=False)
+
+
+class TimeLoopNode(neuron.BaseNode):
+    """A layer of spiking neurons, run over all its time steps by one operation.
+
+    Subclasses say by :attr:`dynamics` what a step does. Works as any SpikingJelly node does, with
+    ``functional.reset_net``, ``set_step_mode``, ``store_v_seq`` and ``base.to_functional_forward``.
+
+    Threshold and leak are part of ``state_dict`` (as ``_extra_state``), the potential is not.
+
+    Attributes:
+        record: which of ``"firing_rate"`` and ``"activation_map"`` a multi-step forward leaves in
+            :attr:`recorded`, each ``[N, ...]`` and with its gradient.
+        through_trace: let the activation map's gradient also flow through the spike trace.
+    """
+
+    def __init__(
+        self,
+        v_threshold: float,
+        leak: float,
+        v_reset: float | None,
+        surrogate_function: nn.Module | None,
+        detach_reset: bool,
+        step_mode: str,
+        store_v_seq: bool,
+    ) -> None:
+        super().__init__(
+            v_threshold=float(v_threshold),
+            v_reset=None if v_reset is None else float(v_reset),
+            surrogate_function=LinearSurrogate() if surrogate_function is None else surrogate_function,
+            detach_reset=bool(detach_reset),
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+        )
+        self.leak = float(leak)
+        self.record: tuple[str, ...] = ()
+        self.recorded: dict[str, Tensor] = {}
+        self.through_trace = False
+        self.dynamics  # raises here, not in the first forward, where an argument is off
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """What a step of this node does, from its present threshold and leak."""
+        raise NotImplementedError(f"{type(self).__name__} must define dynamics")
+
+    def extra_repr(self) -> str:
+        return f"leak={self.leak}, " + super().extra_repr()
+
+    def get_extra_state(self) -> Tensor:
+        """Threshold and leak, so that a saved network keeps its balanced thresholds."""
+        return torch.tensor([self.v_threshold, self.leak], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take threshold and leak back from :meth:`get_extra_state`."""
+        self.v_threshold, self.leak = (float(value) for value in state)
+
+    def materialize_states(self, inputs: tuple[Tensor, ...], states: State, step_mode: str) -> State:
+        x = inputs[0][0] if step_mode == "m" else inputs[0]
+        return (_fit_state(states[0], x, self.get_reset_value("v")),)
+
+    def single_step_functional_forward(self, inputs, states, *, mask: Tensor | None = None):
+        spikes, v = dynamics.step(inputs[0], states[0], self.dynamics, self.surrogate_function)
+        spikes = spikes if mask is None else spikes * mask
+        return (spikes.to(inputs[0].dtype),), (v,)
+
+    def multi_step_functional_forward(self, inputs, states, *, mask: Tensor | None = None):
+        result = time_loop(
+            inputs[0],
+            states[0],
+            self.dynamics,
+            self.surrogate_function,
+            mask=mask,
+            firing_rate="firing_rate" in self.record,
+            activation_map="activation_map" in self.record,
+            through_trace=self.through_trace,
+        )
+        self.recorded = {name: getattr(result, name) for name in self.record}
+        return (result.spikes,), (result.v,)
+
+    def reset(self) -> None:
+        super().reset()
+        self.recorded = {}
+
+
+class LIFNode(TimeLoopNode):
+    """Leaky integrate-and-fire neuron of LaSNN (Eq. 1-2).
+
+    ``v[t] = leak * v[t-1] + x[t] - v_threshold * o[t-1]``, ``o[t] = 1 if v[t] > v_threshold else 0``
+
+    The comparison is strict and the reset subtracts the whole threshold one step later, where
+    SpikingJelly's ``LIFNode`` compares with ``>=`` and lets the subtraction leak too. ``node.v`` is
+    therefore the potential before its reset.
+
+    Args:
+        v_threshold: threshold of the whole layer, above 0.
+        leak: factor of the potential per step, in [0, 1]; 1 is no leak.
+        surrogate_function: any SpikingJelly surrogate; ``LinearSurrogate(0.3)`` by default.
+        detach_reset: let no gradient through the reset (as Rathi et al.).
+        step_mode: ``"s"`` for inputs ``[N, ...]``, ``"m"`` for ``[T, N, ...]``.
+        store_v_seq: keep the potentials of all steps in ``v_seq``, ``[T, N, ...]``.
+
+    Shape:
+        - input ``[N, ...]`` or ``[T, N, ...]``; float32, bfloat16, float16 (or float64 for checks)
+        - output: as the input, 0 or 1; potentials are float32 (float64)
+    """
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        leak: float = 0.99,
+        surrogate_function: nn.Module | None = None,
+        detach_reset: bool = True,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+    ) -> None:
+        super().__init__(
+            v_threshold, leak, None, surrogate_function, detach_reset, step_mode, store_v_seq
+        )
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """Eq. 1-2 with this layer's threshold and leak."""
+        return Dynamics(
+            leak=self.leak, v_threshold=self.v_threshold, reset="paper", detach_reset=self.detach_reset
+        )
+
+
+class IFNode(LIFNode):
+    """Integrate-and-fire neuron: :class:`LIFNode` without leak, what conversion gives."""
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        surrogate_function: nn.Module | None = None,
+        detach_reset: bool = True,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+    ) -> None:
+        super().__init__(v_threshold, 1.0, surrogate_function, detach_reset, step_mode, store_v_seq)
+
+
+class IntegratorNode(base.MemoryModule):
+    """Output layer of LaSNN (Eq. 3): ``v[t] = v[t-1] + x[t]``, no leak and no firing.
+
+    Gives the potentials of every step, so that ``output[-1]`` are the class scores of Eq. 4 and
+    ``output[t]`` what they were after ``t + 1`` steps.
+
+    Shape:
+        - input ``[N, K]`` or ``[T, N, K]``
+        - output: as the input, float32 (float64)
+    """
+
+    def __init__(self, step_mode: str = "s") -> None:
+        super().__init__()
+        self.step_mode = step_mode
+        self.register_memory("v", 0.0)
+
+    def materialize_states(self, inputs: tuple[Tensor, ...], states: State, step_mode: str) -> State:
+        x = inputs[0][0] if step_mode == "m" else inputs[0]
+        return (_fit_state(states[0], x, 0.0),)
+
+    def single_step_functional_forward(self, inputs, states):
+        v = states[0] + inputs[0]
+        return (v,), (v,)
+
+    def multi_step_functional_forward(self, inputs, states):
+        potentials = inputs[0].to(states[0].dtype).cumsum(0) + states[0]
+        return (potentials,), (potentials[-1],)
