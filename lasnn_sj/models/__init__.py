@@ -1,0 +1,21 @@
+"""The papers' networks: students (each as ANN or SNN) and teachers."""
+
+from .resnet import ResNet, resnet12, resnet20
+from .teachers import WithStatistics, teacher_densenet121, teacher_resnet20, teacher_vgg16
+from .vgg import VGG, conv3_linear2, vgg5, vgg7, vgg9, vgg16
+
+__all__ = [
+    "VGG",
+    "ResNet",
+    "WithStatistics",
+    "conv3_linear2",
+    "resnet12",
+    "resnet20",
+    "teacher_densenet121",
+    "teacher_resnet20",
+    "teacher_vgg16",
+    "vgg16",
+    "vgg5",
+    "vgg7",
+    "vgg9",
+]

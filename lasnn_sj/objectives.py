@@ -1,0 +1,88 @@
+"""Losses: pure functions of maps, potentials and labels, and the sums of them that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_loss(teacher_maps: Sequence[Tensor], student_maps: Sequence[Tensor]) -> Tensor:
+    """Distance of attention maps, Eq. 7 and 12.
+
+    ``L_at = sum over pairs l of || F_l(teacher) - F_l(student) ||_2``, mean over the batch; the norm is
+    not squared.
+
+    Args:
+        teacher_maps: one map ``[N, P_l]`` for each pair.
+        student_maps: as many, of the same shapes.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: no pair, unequal numbers of maps, or maps of a pair of unequal shape.
+    """
+    if len(teacher_maps) != len(student_maps) or not teacher_maps:
+        raise ValueError(
+            f"attention_loss needs the same number of maps, at least one, of teacher and student, "
+            f"got {len(teacher_maps)} and {len(student_maps)}"
+        )
+    total = student_maps[0].new_zeros(())
+    for level, (teacher, student) in enumerate(zip(teacher_maps, student_maps)):
+        if teacher.shape != student.shape or teacher.dim() != 2:
+            raise ValueError(
+                f"pair {level}: both maps must be [N, P] of equal shape, got "
+                f"{tuple(teacher.shape)} of the teacher and {tuple(student.shape)} of the student"
+            )
+        total = total + torch.linalg.vector_norm(teacher - student, dim=1).mean()
+    return total
+
+
+@dataclass
+class Signals:
+    """What a training step offers to an objective.
+
+    Attributes:
+        scores: class scores of the student, ``[N, K]`` (Eq. 4's ``v[T]``).
+        labels: ``[N]``, whole numbers in [0, K).
+        teacher_maps, student_maps: attention maps of the pairs, each ``[N, P_l]``.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    teacher_maps: list[Tensor] = field(default_factory=list)
+    student_maps: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """``L_ce`` of Eq. 9 on the class scores: plain training, and the hybrid baseline."""
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]:
+        """The named parts of the loss; their sum is what is trained."""
+        return {"ce": F.cross_entropy(signals.scores, signals.labels)}
+
+
+@dataclass(frozen=True)
+class LaSNN:
+    """Eq. 8 and 13: ``L = L_ce + alpha / 2 * L_at``.
+
+    Args:
+        alpha: weight of the attention loss, constant (the paper names a decay but gives none).
+    """
+
+    alpha: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]:
+        """The named parts of the loss; their sum is what is trained."""
+        attention = attention_loss(signals.teacher_maps, signals.student_maps)
+        parts = CrossEntropy()(signals)
+        return {**parts, "attention": self.alpha / 2 * attention}

@@ -1,0 +1,308 @@
+"""The three stages of LaSNN from one description (Section III-D), each skipped when its result is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import MultiStepLR
+
+from . import checkpoint, models
+from .conversion import balance_thresholds, convert
+from .data import ImageData
+from .encoding import DirectEncoder, PoissonEncoder
+from .neurons import LinearSurrogate, TimeLoopNode
+from .trainer import LaSNNTrainer, check_settings, evaluate
+
+log = logging.getLogger(__name__)
+
+STAGES = ("teacher", "ann", "converted", "converted_10T", "start", "hybrid", "lasnn")
+TITLES = {
+    "teacher": "teacher",
+    "ann": "intermediate ANN",
+    "converted": "converted, T = {T}",
+    "converted_10T": "converted, T = {T10}",
+    "start": "start of training, T = {T}",
+    "hybrid": "hybrid (CE only), T = {T}",
+    "lasnn": "LaSNN, T = {T}",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One LaSNN run, with the paper's settings as defaults.
+
+    Attributes:
+        student: network of :mod:`lasnn_sj.models`, as intermediate ANN and as SNN.
+        width: factor of the student's channels.
+        T: time steps of training and inference.
+        encoding: ``"poisson"`` or ``"direct"``.
+        attention: ``"activation"`` or ``"gradient"``.
+        alpha: weight of the attention loss.
+        leak, gamma: leak of the neurons and height of the surrogate (Eq. 1, 15).
+        dropout: dropout probability of the student, as ANN and as SNN.
+        teacher: ``"resnet20"``, ``"vgg16"`` or ``"densenet121"`` in CIFAR form.
+        teacher_width: factor of the teacher's channels (not of DenseNet121's).
+        teacher_epochs, teacher_lr, teacher_batch: stage 1, SGD.
+        ann_epochs, ann_lr, ann_batch: stage 2, SGD.
+        calibration_images, calibration_steps: batch and time steps of threshold balancing.
+        threshold_statistic: ``"max"`` or a percentile.
+        threshold_scale: factor of the thresholds for stage 3 (the converted SNN itself has factor 1).
+        epochs, lr, batch, weight_decay: stage 3, Adam; the hybrid baseline has the same.
+        seed: of weights, order of the images, codes and dropout.
+        workers: processes that load images.
+    """
+
+    student: str = "vgg5"
+    width: float = 1.0
+    T: int = 100
+    encoding: Literal["poisson", "direct"] = "poisson"
+    attention: Literal["activation", "gradient"] = "activation"
+    alpha: float = 0.9
+    leak: float = 0.99
+    gamma: float = 0.3
+    dropout: float = 0.2
+    teacher: Literal["resnet20", "vgg16", "densenet121"] = "resnet20"
+    teacher_width: float = 1.0
+    teacher_epochs: int = 300
+    teacher_lr: float = 0.01
+    teacher_batch: int = 256
+    ann_epochs: int = 200
+    ann_lr: float = 0.01
+    ann_batch: int = 256
+    calibration_images: int = 512
+    calibration_steps: int = 2500
+    threshold_statistic: Literal["max"] | float = "max"
+    threshold_scale: float = 0.7
+    epochs: int = 100
+    lr: float = 1e-4
+    batch: int = 16
+    weight_decay: float = 5e-4
+    seed: int = 0
+    workers: int = 0
+
+
+class Pipeline:
+    """Runs a recipe's stages in a run folder.
+
+    Args:
+        recipe: the description.
+        data: images.
+        run_dir: each stage has a folder here with its checkpoints, curves and ``result.json``; a stage
+            whose result is there is not run again, a stage that was cut off goes on.
+        teacher: a ready teacher instead of stage 1's, taking images in [-1, 1].
+        device: where to run.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageData,
+        run_dir: str | Path,
+        teacher: nn.Module | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.recipe, self.data, self.device = recipe, data, torch.device(device)
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._given = teacher
+        check_settings(
+            self.run_dir / "recipe.json",
+            asdict(recipe)
+            | {
+                "data": data.name,
+                "train_images": len(data.train),
+                "test_images": len(data.test),
+                "given_teacher": None if teacher is None else type(teacher).__name__,
+            },
+        )
+
+    def run(self, stages: Sequence[str] = STAGES) -> dict[str, dict[str, float]]:
+        """Results of the stages by name, ``top1`` in percent and ``seconds`` among them."""
+        unknown = [stage for stage in stages if stage not in STAGES]
+        if unknown:
+            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+        return {stage: self._stage(stage) for stage in stages}
+
+    def encoder(self, T: int | None = None) -> nn.Module:
+        """The recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
+        T = T or self.recipe.T
+        if self.recipe.encoding == "direct":
+            return DirectEncoder(T)
+        return PoissonEncoder(T, torch.Generator(self.device).manual_seed(self.recipe.seed))
+
+    def teacher(self) -> nn.Module:
+        """Stage 1's network, trained, or the one that was given."""
+        self._stage("teacher")
+        net = self._load("teacher", self._build_teacher()) if self._given is None else self._given
+        return net.eval()
+
+    def student(self, stage: str) -> nn.Module:
+        """The trained network of a stage: ``"ann"``, ``"converted"``, ``"start"``, ``"hybrid"``, ``"lasnn"``."""
+        self._stage(stage)
+        net = self._build_ann()
+        return self._load(stage, net if stage == "ann" else self._to_snn(net))
+
+    def _stage(self, stage: str) -> dict[str, float]:
+        path = self.run_dir / stage / "result.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        log.info("stage %s of %s", stage, self.run_dir)
+        path.parent.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        result = getattr(self, f"_run_{stage}")(path.parent)
+        result["seconds"] = time.perf_counter() - start
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+        return result
+
+    def _run_teacher(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        _, test = self.data.loaders(r.teacher_batch, r.workers)
+        if self._given is not None:
+            return evaluate(self._given, test, device=self.device)
+        net = self._build_teacher()
+        result = self._train_ann(net, folder, r.teacher_epochs, r.teacher_lr, r.teacher_batch)
+        self._keep(folder, net)
+        return result
+
+    def _run_ann(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        net = self._build_ann()
+        result = self._train_ann(net, folder, r.ann_epochs, r.ann_lr, r.ann_batch)
+        self._keep(folder, net)
+        return result
+
+    def _run_converted(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        snn = self._to_snn(self.student("ann"))
+        loader, test = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        images = next(iter(loader))[0].to(self.device)
+        thresholds = balance_thresholds(
+            snn, images, self.encoder(r.calibration_steps), r.threshold_statistic, progress=True
+        )
+        for node in _nodes(snn):
+            node.leak = 1.0
+        self._keep(folder, snn)
+        (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1) + "\n")
+        return evaluate(snn, test, self.encoder(), device=self.device)
+
+    def _run_converted_10T(self, folder: Path) -> dict[str, float]:
+        _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
+        return evaluate(self.student("converted"), test, self.encoder(10 * self.recipe.T), device=self.device)
+
+    def _run_start(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        snn = self.student("converted")
+        for node in _nodes(snn):
+            node.leak = r.leak
+            node.v_threshold *= r.threshold_scale
+        for module in snn.modules():
+            if isinstance(module, models.resnet.Block):
+                module.skip_scale.div_(r.threshold_scale)
+        self._keep(folder, snn)
+        _, test = self.data.loaders(r.batch, r.workers)
+        return evaluate(snn, test, self.encoder(), device=self.device)
+
+    def _run_hybrid(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, None)
+
+    def _run_lasnn(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, self.teacher())
+
+    def _train_snn(self, folder: Path, teacher: nn.Module | None) -> dict[str, float]:
+        r = self.recipe
+        snn = self.student("start")
+        train, test = self.data.loaders(r.batch, r.workers, seed=r.seed)
+        trainer = LaSNNTrainer(
+            snn,
+            teacher,
+            encoder=self.encoder(),
+            attention=r.attention if teacher is not None else None,
+            alpha=r.alpha,
+            optimizer=Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay),
+            run_dir=folder,
+            device=self.device,
+            seed=r.seed,
+        )
+        trainer.fit(train, test, epochs=r.epochs)
+        self._keep(folder, snn)
+        return trainer.evaluate(test)
+
+    def _train_ann(self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int) -> dict[str, float]:
+        train, test = self.data.loaders(batch, self.recipe.workers, seed=self.recipe.seed)
+        optimizer = SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        scheduler = MultiStepLR(optimizer, [round(epochs * part) for part in (0.6, 0.8, 0.9)])
+        trainer = LaSNNTrainer(
+            net, attention=None, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
+            seed=self.recipe.seed,
+        )  # fmt: skip
+        trainer.fit(train, epochs=epochs)
+        return trainer.evaluate(test)
+
+    def _build_teacher(self) -> nn.Module:
+        r, d = self.recipe, self.data
+        checkpoint.seed_everything(r.seed)
+        if r.teacher == "densenet121":
+            net = models.teacher_densenet121(d.num_classes, d.in_channels)
+        else:
+            build = {"resnet20": models.teacher_resnet20, "vgg16": models.teacher_vgg16}[r.teacher]
+            net = build(d.num_classes, d.in_channels, r.teacher_width)
+        return models.WithStatistics(net, d.mean, d.std).to(self.device)
+
+    def _build_ann(self) -> nn.Module:
+        r, d = self.recipe, self.data
+        checkpoint.seed_everything(r.seed + 1)
+        build = getattr(models, r.student)
+        return build(
+            d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout
+        ).to(self.device)
+
+    def _to_snn(self, ann: nn.Module) -> nn.Module:
+        snn = convert(ann, leak=self.recipe.leak)
+        for node in _nodes(snn):
+            node.surrogate_function = LinearSurrogate(self.recipe.gamma)
+        return snn
+
+    @staticmethod
+    def _keep(folder: Path, net: nn.Module) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+
+    def _load(self, stage: str, net: nn.Module) -> nn.Module:
+        net.load_state_dict(load_file(self.run_dir / stage / "weights.safetensors", device=str(self.device)))
+        return net
+
+
+def _nodes(snn: nn.Module) -> list[TimeLoopNode]:
+    return [module for module in snn.modules() if isinstance(module, TimeLoopNode)]
+
+
+def table(recipe: Recipe, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown table of one run, or of several seeds as mean and sample standard deviation."""
+    head = "top-1 %" if len(runs) == 1 else f"top-1 %, mean ± deviation of {len(runs)} seeds"
+    rows = [("", head, "seconds")]
+    for stage in (stage for stage in STAGES if stage in runs[0]):
+        top1 = [run[stage]["top1"] for run in runs]
+        spread = "" if len(runs) == 1 else f" ± {statistics.stdev(top1):.2f}"
+        seconds = statistics.mean(run[stage]["seconds"] for run in runs)
+        title = TITLES[stage].format(T=recipe.T, T10=10 * recipe.T)
+        rows.append((title, f"{statistics.mean(top1):.2f}{spread}", f"{seconds:.0f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)

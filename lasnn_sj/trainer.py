@@ -1,0 +1,498 @@
+"""Training and evaluation of students (and, without a teacher, of anything that gives class scores)."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm.auto import tqdm
+
+from . import attention, checkpoint, objectives, taps
+from .neurons import IntegratorNode
+
+log = logging.getLogger(__name__)
+
+
+class BatchError(ValueError):
+    """A batch or what the student made of it cannot be used; the message says which and why."""
+
+
+class LaSNNTrainer:
+    """Trains a student; with a teacher, by layer-wise distillation of attention (LaSNN, Section III-B).
+
+    The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13) on the student's class scores. Without a teacher
+    (``attention=None``) it is the cross-entropy alone: hybrid training of a converted SNN, or with
+    ``encoder=None`` plain training of an ANN.
+
+    Args:
+        student: any SpikingJelly network in multi-step mode, ``[T, N, ...]`` to ``[T, N, K]`` or
+            ``[N, K]``; without encoder any module that gives ``[N, K]``.
+        teacher: any module, ``[N, ...]`` images to logits ``[N, K]``; it is put into evaluation mode and
+            its weights are frozen. See ``models.WithStatistics`` where it wants other input statistics.
+        encoder: gives the student's input its time axis; ``None`` where the loader's batches have it
+            already or the student has none.
+        attention: ``"activation"`` (Eq. 5-8), ``"gradient"`` (Eq. 10-13) or ``None``.
+        alpha: weight of the attention loss.
+        pairs: ``(student module, teacher module)`` names for each level; chosen by itself and logged if
+            not given.
+        normalise: L2-normalise the attention maps.
+        through_trace: gradient attention only; let its gradient also flow through the spike trace.
+        optimizer: of the student's parameters; Adam at 1e-4 with weight decay 5e-4 if not given.
+        scheduler: stepped once an epoch.
+        readout: class scores of ``[T, N, K]``: ``"last"`` step or ``"mean"`` over time; ``"auto"`` is
+            the last where the student ends in an ``IntegratorNode``, the mean elsewhere.
+        run_dir: folder for checkpoints, ``metrics.csv`` and TensorBoard; nothing is written without.
+        device: where to train; the student's own if not given.
+        seed: seeds all random generators when training starts.
+
+    Raises:
+        ValueError: arguments that do not go together, named in the message.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        attention: Literal["activation", "gradient"] | None = "activation",
+        alpha: float = 0.9,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        normalise: bool = True,
+        through_trace: bool = False,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        readout: Literal["auto", "last", "mean"] = "auto",
+        run_dir: str | Path | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if attention not in ("activation", "gradient", None):
+            raise ValueError(f'attention must be "activation", "gradient" or None, got {attention!r}')
+        if (attention is None) != (teacher is None):
+            raise ValueError(
+                f"attention={attention!r} "
+                + ("needs a teacher" if attention else "makes no use of a teacher")
+                + "; give both, or attention=None and no teacher for cross-entropy alone"
+            )
+        if readout not in ("auto", "last", "mean"):
+            raise ValueError(f'readout must be "auto", "last" or "mean", got {readout!r}')
+        self.student, self.teacher, self.encoder = student, teacher, encoder
+        self.attention, self.pairs, self.normalise = attention, None, normalise
+        self.objective = objectives.LaSNN(alpha) if attention else objectives.CrossEntropy()
+        self.readout = resolve_readout(student, readout)
+        self.device = torch.device(device) if device is not None else _device_of(student)
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.seed = seed
+        self.history: list[dict[str, float]] = []
+        self._names, self._through_trace = pairs, through_trace
+        self._student_taps = self._teacher_taps = self._num_classes = None
+        for module in (student, teacher, encoder):
+            if module is not None:
+                module.to(self.device)
+        if teacher is not None:
+            if teacher.training:
+                log.warning("the teacher was in training mode; it is used in evaluation mode")
+            teacher.eval().requires_grad_(False)
+        self.optimizer = optimizer or Adam(student.parameters(), lr=1e-4, weight_decay=5e-4)
+        self.scheduler = scheduler
+
+    def fit(self, train_loader: Iterable, val_loader: Iterable | None = None, epochs: int = 100) -> list[dict]:
+        """Train up to ``epochs`` epochs in all, from the run folder's last checkpoint if there is one.
+
+        Args:
+            train_loader: batches ``(images, labels)``; images ``[N, C, H, W]`` as the encoder takes them,
+                labels ``[N]``, whole numbers in [0, K).
+            val_loader: the same, evaluated after each epoch.
+            epochs: epochs this run has at its end, those of an earlier call or process included.
+
+        Returns:
+            One row for each epoch: losses, accuracy in percent (``top1``), learning rate, seconds.
+
+        Raises:
+            BatchError: an empty loader; a batch with NaN or infinity, labels out of range, or a student
+                output of the wrong shape. The student keeps its weights of the step before.
+            ValueError: the run folder belongs to a run with other settings.
+        """
+        done = self._resume(train_loader)
+        if done >= epochs:
+            return self.history
+        if done == 0 and self.seed is not None:
+            checkpoint.seed_everything(self.seed)
+        writer = self._tensorboard()
+        steps = len(train_loader) if hasattr(train_loader, "__len__") else None
+        bar = tqdm(
+            total=steps and steps * epochs, initial=(steps or 0) * done, unit="step", disable=None,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        try:
+            with bar:
+                for epoch in range(done + 1, epochs + 1):
+                    bar.set_description(f"epoch {epoch}/{epochs}")
+                    row = self._train_epoch(epoch, train_loader, bar)
+                    if val_loader is not None:
+                        result = self.evaluate(val_loader)
+                        row |= {f"val_{name}": result[name] for name in ("loss", "top1")}
+                    if self.scheduler is not None:
+                        self.scheduler.step()
+                    self._finish_epoch(row, train_loader, writer)
+        finally:
+            self._close_taps()
+            if writer is not None:
+                writer.close()
+        return self.history
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """One step of training on a batch that lies on the device already.
+
+        Returns:
+            The parts of the loss, and the class scores ``[N, K]``, both detached.
+
+        Raises:
+            BatchError: the loss is not finite; the student keeps its weights.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        x = images if self.encoder is None else self.encoder(images)
+        try:
+            with self._student_taps or nullcontext():
+                outputs = self.student(x)
+                signals = objectives.Signals(class_scores(outputs, len(labels), self.readout), labels)
+                if self.attention:
+                    signals.student_maps = self._student_maps()
+                    signals.teacher_maps = self._teacher_maps(images, labels)
+            parts = self.objective(signals)
+            loss = sum(parts.values())
+            if not bool(torch.isfinite(loss)):
+                named = ", ".join(f"{name} = {part.item():.4g}" for name, part in parts.items())
+                raise BatchError(f"the loss is not finite ({named}); a lower learning rate may do")
+            loss.backward()
+            self.optimizer.step()
+        finally:
+            functional.reset_net(self.student)
+        return {name: part.detach() for name, part in parts.items()}, signals.scores.detach()
+
+    def evaluate(self, loader: Iterable) -> dict[str, float]:
+        """Loss and accuracy of the student; see :func:`evaluate`."""
+        return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
+
+    def _student_maps(self) -> list[Tensor]:
+        finish = attention.activation_map if self.attention == "activation" else attention.spike_map
+        return [finish(a, normalise=self.normalise) for a in self._student_taps.collect()]
+
+    def _teacher_maps(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        finish = attention.activation_map
+        with self._teacher_taps, torch.set_grad_enabled(self.attention == "gradient"):
+            logits = self.teacher(images)
+            seen = self._teacher_taps.collect()
+            if self.attention == "gradient":
+                # Summed, so that a sample's map does not depend on the size of its batch.
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                seen, finish = torch.autograd.grad(loss, seen), attention.gradient_map
+        return [
+            finish(a.detach(), normalise=self.normalise, size=pair.size)
+            for a, pair in zip(seen, self.pairs)
+        ]
+
+    def _train_epoch(self, epoch: int, loader: Iterable, bar: tqdm) -> dict[str, float]:
+        start, shown = time.perf_counter(), 0.0
+        losses: dict[str, MeanMetric] = {}
+        correct = None
+        self.student.train()
+        for index, batch in enumerate(loader):
+            where = f"batch {index} of epoch {epoch}"
+            images, labels = check_batch(batch, where)
+            if correct is None:
+                self._prepare(images, labels, where)
+                correct = MulticlassAccuracy(self._num_classes, average="micro").to(self.device)
+            _check_labels(labels, self._num_classes, where)
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
+            try:
+                parts, scores = self.train_step(images, labels)
+            except BatchError as error:
+                raise BatchError(f"{where}: {error}") from error
+            correct.update(scores, labels)
+            for name, part in {"loss": sum(parts.values()), **parts}.items():
+                losses.setdefault(name, MeanMetric().to(self.device)).update(part, len(labels))
+            bar.update()
+            if time.perf_counter() - shown > 0.5 and not bar.disable:
+                shown = time.perf_counter()
+                means = {name: f"{metric.compute().item():.4f}" for name, metric in losses.items()}
+                bar.set_postfix(means | {"top1": f"{100 * correct.compute().item():.2f}"})
+        if correct is None:
+            raise BatchError(f"the training loader gave no batch in epoch {epoch}")
+        row = {"epoch": epoch} | {name: metric.compute().item() for name, metric in losses.items()}
+        row["top1"] = 100 * correct.compute().item()
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["seconds"] = time.perf_counter() - start
+        return row
+
+    def _prepare(self, images: Tensor, labels: Tensor, where: str) -> None:
+        """Before the first step: look at what the student gives, and set the taps."""
+        if self._num_classes is not None:
+            return
+        small = images[:2].to(self.device)
+        random_state = checkpoint.random_state()  # looking must not change what is trained
+        generator = getattr(self.encoder, "generator", None)
+        generator_state = None if generator is None else generator.get_state()
+        self.student.eval()
+        functional.reset_net(self.student)
+        with torch.no_grad():
+            encoded = small if self.encoder is None else self.encoder(small)
+            outputs = self.student(encoded)
+            self._num_classes = class_scores(outputs, len(small), self.readout).shape[1]
+            if self.attention:
+                self._set_taps(encoded, small)
+        functional.reset_net(self.student)
+        self.student.train()
+        checkpoint.set_random_state(random_state)
+        if generator_state is not None:
+            generator.set_state(generator_state)
+
+    def _set_taps(self, encoded: Tensor, images: Tensor) -> None:
+        if self.pairs is None:
+            self.pairs = taps.choose_pairs(self.student, self.teacher, encoded, images, self._names)
+            for level, pair in enumerate(self.pairs):
+                log.info("attention pair %d: %s", level, pair)
+        logits = self.teacher(images)
+        if self.attention == "gradient" and logits.shape[1:] != (self._num_classes,):
+            raise ValueError(
+                f"gradient attention needs a teacher with the student's {self._num_classes} classes, the "
+                f"teacher gives shape {tuple(logits.shape)}"
+            )
+        what = "firing_rate" if self.attention == "activation" else "activation_map"
+        self._student_taps = taps.StudentTaps(
+            self.student, [p.student for p in self.pairs], what, self._through_trace
+        )
+        self._teacher_taps = taps.TeacherTaps(
+            self.teacher, [p.teacher for p in self.pairs], self.attention == "gradient"
+        )
+
+    def _close_taps(self) -> None:
+        for tap in (self._student_taps, self._teacher_taps):
+            if tap is not None:
+                tap.close()
+        self._student_taps = self._teacher_taps = self._num_classes = None
+
+    def _settings(self) -> dict[str, object]:
+        """What a resumed run must have in common with the one that wrote the checkpoint."""
+        group = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, tuple))}
+        return {
+            "student": type(self.student).__name__,
+            "parameters": sum(p.numel() for p in self.student.parameters()),
+            "encoder": repr(self.encoder),
+            "attention": self.attention,
+            "objective": repr(self.objective),
+            "normalise": self.normalise,
+            "through_trace": self._through_trace,
+            "pairs": None if self._names is None else [list(pair) for pair in self._names],
+            "readout": self.readout,
+            "optimizer": type(self.optimizer).__name__,
+            "hyperparameters": json.loads(json.dumps(group)),
+            "seed": self.seed,
+        }
+
+    def _resume(self, loader: Iterable) -> int:
+        """Epochs done already; settings of the run folder are written or compared."""
+        if self.run_dir is None:
+            return len(self.history)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        check_settings(self.run_dir / "settings.json", self._settings())
+        path = checkpoint.latest(self.run_dir / "checkpoints")
+        if path is None or self.history:
+            return len(self.history)
+        weights, state = checkpoint.load(path, self.device)
+        self.student.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for generator, saved in zip(self._generators(loader), state["generators"]):
+            generator.set_state(saved)
+        checkpoint.set_random_state(state["random"])
+        self.history = state["history"]
+        log.info("continuing after epoch %d from %s", len(self.history), path)
+        return len(self.history)
+
+    def _generators(self, loader: Iterable) -> list[torch.Generator]:
+        owners = (self.encoder, loader, getattr(loader, "sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _finish_epoch(self, row: dict[str, float], loader: Iterable, writer) -> None:
+        self.history.append(row)
+        log.info("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        if self.run_dir is None:
+            return
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
+        state = {
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "generators": [generator.get_state() for generator in self._generators(loader)],
+            "random": checkpoint.random_state(),
+        }
+        checkpoint.save(self.run_dir / "checkpoints", row["epoch"], self.student.state_dict(), state)
+        columns = list(dict.fromkeys(itertools.chain.from_iterable(self.history)))
+        with open(self.run_dir / "metrics.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(self.history)
+
+    def _tensorboard(self):
+        if self.run_dir is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
+
+        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=len(self.history) + 1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    encoder: nn.Module | None = None,
+    *,
+    readout: Literal["auto", "last", "mean"] = "auto",
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
+
+    Args:
+        model: gives class scores ``[N, K]`` or ``[T, N, K]``; its mode is restored afterwards.
+        loader: batches ``(images, labels)``.
+        encoder: gives the input its time axis.
+        readout: as for :class:`LaSNNTrainer`.
+        device: the model's if not given.
+
+    Returns:
+        ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``.
+
+    Raises:
+        BatchError: an empty loader or a batch that cannot be used.
+    """
+    device = torch.device(device) if device is not None else _device_of(model)
+    readout = resolve_readout(model, readout)
+    training, loss, correct = model.training, MeanMetric().to(device), None
+    model.eval()
+    functional.reset_net(model)
+    try:
+        for index, batch in enumerate(tqdm(loader, desc="evaluating", leave=False, disable=None)):
+            where = f"evaluation batch {index}"
+            images, labels = check_batch(batch, where)
+            images = images.to(device, non_blocking=True)
+            outputs = model(images if encoder is None else encoder(images))
+            functional.reset_net(model)
+            scores = class_scores(outputs, len(labels), readout)
+            _check_labels(labels, scores.shape[1], where)
+            labels = labels.to(device)
+            if correct is None:
+                correct = MulticlassAccuracy(scores.shape[1], average="micro").to(device)
+            correct.update(scores, labels)
+            loss.update(F.cross_entropy(scores, labels), len(labels))
+    finally:
+        functional.reset_net(model)
+        model.train(training)
+    if correct is None:
+        raise BatchError("the evaluation loader gave no batch")
+    samples = int(loss.weight.item())
+    return {"loss": loss.compute().item(), "top1": 100 * correct.compute().item(), "samples": samples}
+
+
+def resolve_readout(model: nn.Module, readout: str) -> str:
+    """``"last"`` or ``"mean"``; ``"auto"`` by whether the network integrates its output."""
+    if readout != "auto":
+        return readout
+    return "last" if any(isinstance(m, IntegratorNode) for m in model.modules()) else "mean"
+
+
+def class_scores(outputs: Tensor, batch: int, readout: str) -> Tensor:
+    """Class scores ``[N, K]`` (float32) of a student's output ``[T, N, K]`` or ``[N, K]``.
+
+    Raises:
+        BatchError: any other shape.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.dim() == 2 and outputs.shape[0] == batch:
+            return outputs.float()
+        if outputs.dim() == 3 and outputs.shape[1] == batch:
+            return (outputs[-1] if readout == "last" else outputs.mean(0)).float()
+    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise BatchError(
+        f"the student must give class scores [N, K] or [T, N, K] with N = {batch}, got {got}; "
+        f"is it in multi-step mode (functional.set_step_mode(net, 'm'))?"
+    )
+
+
+def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of a loader's batch.
+
+    Raises:
+        BatchError: not a pair of tensors, no sample, NaN or infinity, labels that are no whole numbers.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise BatchError(f"{where}: the loader must give (images, labels), got {type(batch).__name__}")
+    images, labels = batch
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise BatchError(
+            f"{where}: images and labels must be tensors, got {type(images).__name__} and {type(labels).__name__}"
+        )
+    if labels.dim() != 1 or labels.numel() == 0 or labels.is_floating_point():
+        raise BatchError(
+            f"{where}: labels must be whole numbers [N] with N >= 1, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if not bool(torch.isfinite(images).all()):
+        bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1)).flatten().tolist()
+        raise BatchError(f"{where}: images hold NaN or infinity, in samples {bad[:8]}")
+    return images, labels.long()
+
+
+def _check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise BatchError(
+            f"{where}: labels must lie in [0, {num_classes}), the student's classes, got {low} to {high}"
+        )
+
+
+def check_settings(path: Path, settings: dict[str, object]) -> None:
+    """Write the settings of a new run folder, or hold them against those it was made with.
+
+    Raises:
+        ValueError: they differ; the message lists how.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+        return
+    there = json.loads(path.read_text())
+    other = [
+        f"{key}: there {there.get(key)!r}, here {settings.get(key)!r}"
+        for key in sorted(there.keys() | settings.keys())
+        if there.get(key) != settings.get(key)
+    ]
+    if other:
+        raise ValueError(
+            f"{path.parent} holds a run with other settings ({'; '.join(other)}); "
+            f"use another run folder, or delete this one"
+        )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
