@@ -49,6 +49,30 @@ class Dynamics:
             raise ValueError(f"leak must lie in [0, 1], got {self.leak}")
 
 
+class LoopParameters(NamedTuple):
+    """What the kernels are told, as plain numbers.
+
+    The surrogate is ``peak * shape(scale * |v - v_threshold|)`` (see ``surrogate.KernelForm``) with
+    shape 0 triangle, 1 atan, 2 sigmoid; ``reset`` is 0 paper, 1 soft, 2 hard. With ``keep_slope``
+    false (no gradient is wanted) no slope bytes are written.
+    """
+
+    leak: float
+    gain: float
+    offset: float
+    v_threshold: float
+    v_reset: float
+    reset: int
+    shape: int
+    peak: float
+    scale: float
+    detach_reset: bool
+    firing_rate: bool
+    activation_map: bool
+    through_trace: bool
+    keep_slope: bool = True
+
+
 class LoopResult(NamedTuple):
     """What a run over time gives; the maps are ``None`` unless they were asked for.
 

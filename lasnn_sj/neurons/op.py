@@ -1,11 +1,27 @@
-"""The one operation behind every neuron: a whole layer, over all time steps, in one call."""
+"""The one operation behind every neuron: a whole layer, over all time steps, in one call.
+
+``time_loop`` chooses who runs it. The kernels are reached through the registered operations
+``lasnn_sj::time_loop`` and ``lasnn_sj::time_loop_backward``, so that autograd, ``torch.compile`` and
+the profiler see one node per layer.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from .dynamics import Dynamics, LoopResult, run
+from .backends import choose, warn_once
+from .dynamics import Dynamics, LoopParameters, LoopResult, run
+from .layout import empty_sequence, is_time_major
+from .surrogate import kernel_form
+
+RESETS = ("paper", "soft", "hard")
+SHAPES = ("triangle", "atan", "sigmoid")
+PARAMETER_TYPES = tuple(get_type_hints(LoopParameters).values())
 
 
 def time_loop(
@@ -20,17 +36,144 @@ def time_loop(
 ) -> LoopResult:
     """Run a layer of neurons over time; see :func:`.dynamics.run` for the arguments.
 
+    Any ``x`` whose steps are gapless blocks of memory is taken as it is (channels_last too, and the
+    same step repeated with time stride 0), and what comes back has the layout of its steps; any other
+    ``x`` is copied once. Potentials are float32 (float64 for a float64 ``x``, which plain PyTorch
+    runs). For the backward pass the kernels keep the surrogate's slope, rounded to 1/255 of its peak.
+
     Raises:
-        ValueError: no time step, or a state or mask that does not fit one step of the input.
+        ValueError: no time step; a state or mask that does not fit one step of the input; on the CPU,
+            NaN or infinity in ``x`` or ``v`` (on CUDA looking for it would stall the device).
+        RuntimeError: ``use_backend`` asks for one that cannot run this.
     """
     if x.dim() < 2 or x.shape[0] < 1:
         raise ValueError(f"x must be [T, N, ...] with T >= 1, got shape {tuple(x.shape)}")
+    if not torch.is_floating_point(x):
+        raise ValueError(f"x must be a floating point tensor, got {x.dtype}")
     for name, other in (("state v", v), ("mask", mask)):
         if other is not None and (other.shape != x.shape[1:] or other.device != x.device):
             raise ValueError(
                 f"{name} must have the shape {tuple(x.shape[1:])} of one step of x and its device "
                 f"{x.device}, got {tuple(other.shape)} on {other.device}"
             )
-    if not torch.is_floating_point(x):
-        raise ValueError(f"x must be a floating point tensor, got {x.dtype}")
-    return run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)
+    state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if v.dtype != state_dtype:
+        raise ValueError(f"state v must be {state_dtype} for an input x of {x.dtype}, got {v.dtype}")
+    if mask is not None and mask.requires_grad:
+        raise ValueError("mask is a constant of the operation, got one that requires a gradient")
+
+    chosen = choose(x.device, x.dtype, surrogate)
+    if chosen.name == "torch":
+        warn_once(chosen)
+        return run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)
+
+    form = kernel_form(surrogate, dynamics.v_threshold)
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
+    parameters = LoopParameters(
+        leak=dynamics.leak,
+        gain=dynamics.gain,
+        offset=dynamics.offset,
+        v_threshold=dynamics.v_threshold,
+        v_reset=dynamics.v_reset,
+        reset=RESETS.index(dynamics.reset),
+        shape=SHAPES.index(form.shape),
+        peak=form.peak,
+        scale=form.scale,
+        detach_reset=dynamics.detach_reset,
+        firing_rate=firing_rate,
+        activation_map=activation_map,
+        through_trace=through_trace,
+        keep_slope=wants_gradient,
+    )
+    x = x if is_time_major(x) else x.contiguous()
+    spikes, v, rate, amap, _ = _time_loop(x, v, mask, [float(value) for value in parameters])
+    return LoopResult(spikes, v, rate if firing_rate else None, amap if activation_map else None)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    if device.type == "cuda":
+        from . import cuda
+
+        return cuda
+    from . import cpu
+
+    return cpu
+
+
+def _unpack(numbers: Sequence[float]) -> LoopParameters:
+    return LoopParameters(*(kind(n) for kind, n in zip(PARAMETER_TYPES, numbers, strict=True)))
+
+
+@torch.library.custom_op("lasnn_sj::time_loop", mutates_args=())
+def _time_loop(
+    x: Tensor, v: Tensor, mask: Tensor | None, parameters: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(spikes, v, firing_rate, activation_map, slope)``; what was not asked for is empty."""
+    if not is_time_major(x):
+        raise ValueError(f"x must be laid out time-major without gaps, got strides {x.stride()}")
+    p = _unpack(parameters)
+    outputs = _kernels(x.device).forward(x, v, mask, p)
+    return tuple(x.new_empty(0) if output is None else output for output in outputs)
+
+
+@_time_loop.register_fake
+def _(x, v, mask, parameters):
+    p = _unpack(parameters)
+    step = empty_sequence(x[:1], torch.float32)[0]
+    return (
+        empty_sequence(x, x.dtype),
+        torch.empty_like(step),
+        torch.empty_like(step) if p.firing_rate else x.new_empty(0),
+        torch.empty_like(step) if p.activation_map else x.new_empty(0),
+        empty_sequence(x, torch.uint8) if p.keep_slope else x.new_empty(0, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("lasnn_sj::time_loop_backward", mutates_args=())
+def _time_loop_backward(
+    g_spikes: Tensor | None,
+    g_v: Tensor | None,
+    g_rate: Tensor | None,
+    g_map: Tensor | None,
+    spikes: Tensor | None,
+    slope: Tensor,
+    v0: Tensor,
+    mask: Tensor | None,
+    parameters: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` (in ``dtype``) and of the first state (float32)."""
+    g_x, g_v0 = _kernels(slope.device).backward(
+        g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, _unpack(parameters)
+    )
+    return g_x.to(dtype), g_v0
+
+
+@_time_loop_backward.register_fake
+def _(g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, parameters, dtype):
+    g_x = torch.empty_strided(slope.shape, slope.stride(), dtype=dtype, device=slope.device)
+    return g_x, torch.empty_like(slope[0], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, v, mask, ctx.parameters = inputs
+    spikes, _, _, _, slope = output
+    p = _unpack(ctx.parameters)
+    # Whether a neuron fired is needed by a hard reset and by the map only; else the slope is enough.
+    spikes = spikes if p.reset == RESETS.index("hard") or p.activation_map else None
+    ctx.save_for_backward(spikes, slope, v, mask)
+    ctx.dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g_spikes, g_v, g_rate, g_map, _):
+    p = _unpack(ctx.parameters)
+    g_rate = g_rate if p.firing_rate else None
+    g_map = g_map if p.activation_map else None
+    g_x, g_v = _time_loop_backward(
+        g_spikes, g_v, g_rate, g_map, *ctx.saved_tensors, ctx.parameters, ctx.dtype
+    )
+    return g_x, g_v, None, None
+
+
+_time_loop.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,30 @@
+"""Memory layouts: sequences ``[T, N, ...]`` whose steps are blocks of memory without gaps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_gapless(t: Tensor) -> bool:
+    """Whether ``t`` fills one block of memory, each element once, its dimensions in any order."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def is_time_major(x: Tensor) -> bool:
+    """Whether each step ``x[t]`` is gapless and the steps follow each other or are all the same."""
+    if x.numel() == 0:
+        return True
+    far_enough = x.shape[0] == 1 or x.stride(0) == 0 or x.stride(0) >= x[0].numel()
+    return far_enough and is_gapless(x[0])
+
+
+def empty_sequence(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for ``x.shape``, every step laid out as a step of ``x``, without gaps."""
+    step = x[0]
+    return torch.empty_strided(x.shape, (step.numel(), *step.stride()), dtype=dtype, device=x.device)
