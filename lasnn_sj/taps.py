@@ -41,7 +41,9 @@ class Pair:
 
 
 def find_module(model: nn.Module, name: str, role: str) -> str:
-    """The one module that ``name`` means: its full name, or a pattern (``*``, ``?``) that fits just it.
+    """The one module that ``name`` means: its full name, or a pattern that fits just it.
+
+    In a pattern ``*`` and ``?`` stand for characters between two dots, as in ``features.*.neuron``.
 
     Raises:
         TapError: no module or more than one.
@@ -49,12 +51,18 @@ def find_module(model: nn.Module, name: str, role: str) -> str:
     names = [n for n, _ in model.named_modules() if n]
     if name in names:
         return name
-    found = fnmatch.filter(names, name)
+    parts = name.split(".")
+    found = [
+        n
+        for n in names
+        if len(n.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, n.split("."), parts))
+    ]
     if len(found) == 1:
         return found[0]
     if found:
         raise TapError(
-            f"{role} tap '{name}' matches {len(found)} modules ({', '.join(found[:4])}, ...); name one"
+            f"{role} tap '{name}' matches {len(found)} modules ({', '.join(found[:4])}{', ...' * (len(found) > 4)}); "
+            f"name one"
         )
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:6]
     raise TapError(f"{role} tap '{name}' matches no module of {type(model).__name__}; near: {', '.join(near)}")

@@ -1,0 +1,87 @@
+"""LaSNN on CIFAR-10: the paper's settings, or a laptop's.
+
+    python examples/lasnn_cifar10.py paper  --recipe.student vgg9 --device cuda
+    python examples/lasnn_cifar10.py laptop --seeds 0 1 2
+
+CIFAR-10 is downloaded by torchvision to ``--root``; where there is no network give ``--source FILE.npz``
+with the arrays x_train, y_train, x_test, y_test. A run that was cut off goes on when started again.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lasnn_sj import data
+from lasnn_sj.pipeline import Pipeline, Recipe, table
+
+
+@dataclass(frozen=True)
+class Run:
+    """One table: the recipe's stages over some seeds.
+
+    Attributes:
+        recipe: networks and settings; its seed is replaced by each of ``seeds``.
+        source: "cifar10", or an .npz file.
+        root: folder of the downloaded data set.
+        train_images, test_images: how many of each, all if not given.
+        seeds: one run of all stages each.
+        run_dir: results, curves and checkpoints.
+        device: "cpu", "cuda", "cuda:1", ...
+    """
+
+    recipe: Recipe
+    source: str = "cifar10"
+    root: Path = Path("data")
+    train_images: int | None = None
+    test_images: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    run_dir: Path = Path("runs/lasnn_cifar10")
+    device: str = "cpu"
+
+
+PAPER = Run(Recipe(student="vgg5", teacher="vgg16"))
+LAPTOP = Run(
+    Recipe(
+        student="conv3_linear2",
+        width=0.5,
+        T=8,
+        encoding="direct",
+        teacher_epochs=30,
+        teacher_lr=0.1,
+        teacher_batch=64,
+        ann_epochs=60,
+        ann_lr=0.05,
+        ann_batch=64,
+        calibration_steps=100,
+        threshold_scale=0.5,
+        epochs=8,
+        lr=5e-4,
+        batch=32,
+    ),
+    train_images=5000,
+    test_images=5000,
+)
+
+
+def main(run: Run) -> None:
+    """Run the stages for every seed and print the table."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    images = data.load(run.source, run.root).subset(run.train_images, run.test_images)
+    results = []
+    for seed in run.seeds:
+        recipe = dataclasses.replace(run.recipe, seed=seed)
+        results.append(Pipeline(recipe, images, run.run_dir / f"seed{seed}", device=run.device).run())
+    text = table(run.recipe, results)
+    (run.run_dir / "table.md").write_text(text + "\n")
+    print(f"\n{run.recipe.student}, width {run.recipe.width}, {len(images.train)} training images\n{text}")
+
+
+if __name__ == "__main__":
+    main(
+        tyro.extras.overridable_config_cli(
+            {"paper": ("The paper's settings.", PAPER), "laptop": ("A small network and T, on two cores.", LAPTOP)}
+        )
+    )
