@@ -4,6 +4,7 @@ This package knows nothing of the rest of ``lasnn_sj`` and can be used alone.
 """
 
 from .backends import BackendChoice, backend, use_backend
+from .memory import keep_freed_memory
 from .nodes import IFNode, IntegratorNode, LIFNode, TimeLoopNode
 from .surrogate import LinearSurrogate
 
@@ -15,5 +16,6 @@ __all__ = [
     "LinearSurrogate",
     "TimeLoopNode",
     "backend",
+    "keep_freed_memory",
     "use_backend",
 ]

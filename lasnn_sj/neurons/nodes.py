@@ -63,7 +63,7 @@ class TimeLoopNode(neuron.BaseNode):
         self.record: tuple[str, ...] = ()
         self.recorded: dict[str, Tensor] = {}
         self.through_trace = False
-        self.dynamics  # raises here, not in the first forward, where an argument is off
+        _ = self.dynamics  # raises here, not in the first forward, where an argument is off
 
     @property
     def dynamics(self) -> Dynamics:
