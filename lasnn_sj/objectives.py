@@ -1,9 +1,10 @@
-"""Losses: pure functions of maps, potentials and labels, and the sums of them that are trained."""
+"""Losses: pure functions of maps, potentials and labels, and the objectives made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,40 +50,34 @@ class Signals:
     Attributes:
         scores: class scores of the student, ``[N, K]`` (Eq. 4's ``v[T]``).
         labels: ``[N]``, whole numbers in [0, K).
-        teacher_maps, student_maps: attention maps of the pairs, each ``[N, P_l]``.
+        inputs: what the student was given, ``[T, N, ...]`` for a spiking one.
+        teacher_logits: ``[N, K]`` of the trainer's teacher, ``None`` without one.
     """
 
     scores: Tensor
     labels: Tensor
-    teacher_maps: list[Tensor] = field(default_factory=list)
-    student_maps: list[Tensor] = field(default_factory=list)
+    inputs: Tensor | None = None
+    teacher_logits: Tensor | None = None
+
+
+class Objective(Protocol):
+    """A loss for :class:`~lasnn_sj.LaSNNTrainer`: named parts, whose sum is trained.
+
+    Attributes:
+        needs_teacher: whether it reads ``Signals.teacher_logits``.
+    """
+
+    needs_teacher: bool
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """``L_ce`` of Eq. 9 on the class scores: plain training, and the hybrid baseline."""
+    """``L_ce`` of Eq. 9 on the class scores."""
+
+    needs_teacher: ClassVar[bool] = False
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
-        """The named parts of the loss; their sum is what is trained."""
+        """``{"ce": scalar}``."""
         return {"ce": F.cross_entropy(signals.scores, signals.labels)}
-
-
-@dataclass(frozen=True)
-class LaSNN:
-    """Eq. 8 and 13: ``L = L_ce + alpha / 2 * L_at``.
-
-    Args:
-        alpha: weight of the attention loss, constant (the paper names a decay but gives none).
-    """
-
-    alpha: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
-
-    def __call__(self, signals: Signals) -> dict[str, Tensor]:
-        """The named parts of the loss; their sum is what is trained."""
-        attention = attention_loss(signals.teacher_maps, signals.student_maps)
-        parts = CrossEntropy()(signals)
-        return {**parts, "attention": self.alpha / 2 * attention}

@@ -35,9 +35,9 @@ class BatchError(ValueError):
 class LaSNNTrainer:
     """Trains a student; with a teacher, by layer-wise distillation of attention (LaSNN, Section III-B).
 
-    The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13) on the student's class scores. Without a teacher
-    (``attention=None``) it is the cross-entropy alone: hybrid training of a converted SNN, or with
-    ``encoder=None`` plain training of an ANN.
+    The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13) on the student's class scores. Without attention
+    (``attention=None``, no teacher) it is the cross-entropy alone: hybrid training of a converted SNN, or
+    with ``encoder=None`` plain training of an ANN. Another ``objective`` takes the place of ``CE``.
 
     Args:
         student: any SpikingJelly network in multi-step mode, ``[T, N, ...]`` to ``[T, N, K]`` or
@@ -47,7 +47,8 @@ class LaSNNTrainer:
         encoder: gives the student's input its time axis; ``None`` where the loader's batches have it
             already or the student has none.
         attention: ``"activation"`` (Eq. 5-8), ``"gradient"`` (Eq. 10-13) or ``None``.
-        alpha: weight of the attention loss.
+        alpha: weight of the attention loss, constant (the paper names a decay but gives none).
+        objective: what is trained beside the attention, cross-entropy if not given.
         pairs: ``(student module, teacher module)`` names for each level; chosen by itself and logged if
             not given.
         normalise: L2-normalise the attention maps.
@@ -72,6 +73,7 @@ class LaSNNTrainer:
         encoder: nn.Module | None = None,
         attention: Literal["activation", "gradient"] | None = "activation",
         alpha: float = 0.9,
+        objective: objectives.Objective | None = None,
         pairs: Sequence[tuple[str, str]] | None = None,
         normalise: bool = True,
         through_trace: bool = False,
@@ -84,17 +86,20 @@ class LaSNNTrainer:
     ) -> None:
         if attention not in ("activation", "gradient", None):
             raise ValueError(f'attention must be "activation", "gradient" or None, got {attention!r}')
-        if (attention is None) != (teacher is None):
+        self.objective = objective or objectives.CrossEntropy()
+        wanted = attention is not None or self.objective.needs_teacher
+        if wanted != (teacher is not None):
             raise ValueError(
-                f"attention={attention!r} "
-                + ("needs a teacher" if attention else "makes no use of a teacher")
-                + "; give both, or attention=None and no teacher for cross-entropy alone"
+                f"attention={attention!r} with {type(self.objective).__name__} "
+                + ("needs a teacher" if wanted else "makes no use of a teacher")
+                + "; give both, or attention=None and no teacher"
             )
+        if not alpha >= 0:
+            raise ValueError(f"alpha must be at least 0, got {alpha}")
         if readout not in ("auto", "last", "mean"):
             raise ValueError(f'readout must be "auto", "last" or "mean", got {readout!r}')
         self.student, self.teacher, self.encoder = student, teacher, encoder
-        self.attention, self.pairs, self.normalise = attention, None, normalise
-        self.objective = objectives.LaSNN(alpha) if attention else objectives.CrossEntropy()
+        self.attention, self.alpha, self.pairs, self.normalise = attention, alpha, None, normalise
         self.readout = resolve_readout(student, readout)
         self.device = torch.device(device) if device is not None else _device_of(student)
         self.run_dir = None if run_dir is None else Path(run_dir)
@@ -171,11 +176,13 @@ class LaSNNTrainer:
         try:
             with self._student_taps or nullcontext():
                 outputs = self.student(x)
-                signals = objectives.Signals(class_scores(outputs, len(labels), self.readout), labels)
-                if self.attention:
-                    signals.student_maps = self._student_maps()
-                    signals.teacher_maps = self._teacher_maps(images, labels)
+                student_maps = self._student_maps()
+            signals = objectives.Signals(class_scores(outputs, len(labels), self.readout), labels, x)
+            signals.teacher_logits, teacher_maps = self._ask_teacher(images, labels)
             parts = self.objective(signals)
+            if self.attention:
+                loss = objectives.attention_loss(teacher_maps, student_maps)
+                parts = parts | {"attention": self.alpha / 2 * loss}
             loss = sum(parts.values())
             if not bool(torch.isfinite(loss)):
                 named = ", ".join(f"{name} = {part.item():.4g}" for name, part in parts.items())
@@ -191,22 +198,30 @@ class LaSNNTrainer:
         return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
 
     def _student_maps(self) -> list[Tensor]:
+        if not self.attention:
+            return []
         finish = attention.activation_map if self.attention == "activation" else attention.spike_map
         return [finish(a, normalise=self.normalise) for a in self._student_taps.collect()]
 
-    def _teacher_maps(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        finish = attention.activation_map
-        with self._teacher_taps, torch.set_grad_enabled(self.attention == "gradient"):
+    def _ask_teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """The teacher's logits and attention maps."""
+        if self.teacher is None:
+            return None, []
+        by_gradient = self.attention == "gradient"
+        with self._teacher_taps or nullcontext(), torch.set_grad_enabled(by_gradient):
             logits = self.teacher(images)
+            if not self.attention:
+                return logits, []
             seen = self._teacher_taps.collect()
-            if self.attention == "gradient":
+            if by_gradient:
                 # Summed, so that a sample's map does not depend on the size of its batch.
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                seen, finish = torch.autograd.grad(loss, seen), attention.gradient_map
-        return [
+                seen = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), seen)
+        finish = attention.gradient_map if by_gradient else attention.activation_map
+        maps = [
             finish(a.detach(), normalise=self.normalise, size=pair.size)
             for a, pair in zip(seen, self.pairs)
         ]
+        return logits.detach(), maps
 
     def _train_epoch(self, epoch: int, loader: Iterable, bar: tqdm) -> dict[str, float]:
         start, shown = time.perf_counter(), 0.0
@@ -296,6 +311,7 @@ class LaSNNTrainer:
             "parameters": sum(p.numel() for p in self.student.parameters()),
             "encoder": repr(self.encoder),
             "attention": self.attention,
+            "alpha": self.alpha if self.attention else None,
             "objective": repr(self.objective),
             "normalise": self.normalise,
             "through_trace": self._through_trace,
