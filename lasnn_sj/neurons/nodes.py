@@ -6,7 +6,6 @@ import torch
 from spikingjelly.activation_based import base, neuron
 from torch import Tensor, nn
 
-from . import dynamics
 from .dynamics import Dynamics
 from .op import time_loop
 from .surrogate import LinearSurrogate
@@ -86,9 +85,9 @@ class TimeLoopNode(neuron.BaseNode):
         return (_fit_state(states[0], x, self.get_reset_value("v")),)
 
     def single_step_functional_forward(self, inputs, states, *, mask: Tensor | None = None):
-        spikes, v = dynamics.step(inputs[0], states[0], self.dynamics, self.surrogate_function)
-        spikes = spikes if mask is None else spikes * mask
-        return (spikes.to(inputs[0].dtype),), (v,)
+        x = inputs[0].unsqueeze(0)
+        result = time_loop(x, states[0], self.dynamics, self.surrogate_function, mask=mask)
+        return (result.spikes[0],), (result.v,)
 
     def multi_step_functional_forward(self, inputs, states, *, mask: Tensor | None = None):
         result = time_loop(

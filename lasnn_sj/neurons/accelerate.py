@@ -1,0 +1,133 @@
+"""SpikingJelly's own IF and LIF neurons, in somebody's network, over our time loop."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from .dynamics import Dynamics
+from .nodes import TimeLoopNode
+from .surrogate import LinearSurrogate, kernel_form
+
+_log = logging.getLogger(__name__)
+
+
+class _StockNode(TimeLoopNode):
+    """What both accelerated nodes share; keeps the ``state_dict`` of the stock node, which is empty."""
+
+    leak = 1.0
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def extra_repr(self) -> str:
+        return neuron.BaseNode.extra_repr(self)
+
+    def _dynamics(self, gain: float, offset: float) -> Dynamics:
+        hard = self.v_reset is not None
+        return Dynamics(
+            leak=self.leak,
+            v_threshold=self.v_threshold,
+            reset="hard" if hard else "soft",
+            v_reset=self.v_reset if hard else 0.0,
+            gain=gain,
+            offset=offset,
+            detach_reset=self.detach_reset,
+        )
+
+
+class AcceleratedIFNode(_StockNode, neuron.IFNode):
+    """SpikingJelly's ``IFNode`` as :func:`accelerate` leaves it: the same numbers, run by our loop."""
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """``v[t] = v[t-1] + x[t]``, then SpikingJelly's soft or hard reset."""
+        return self._dynamics(gain=1.0, offset=0.0)
+
+
+class AcceleratedLIFNode(_StockNode, neuron.LIFNode):
+    """SpikingJelly's ``LIFNode`` as :func:`accelerate` leaves it: the same numbers, run by our loop."""
+
+    @property
+    def leak(self) -> float:
+        """Factor of the potential per step, ``1 - 1 / tau``."""
+        return 1.0 - 1.0 / self.tau
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """``v[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau`` (``x`` undivided unless decayed)."""
+        gain = 1.0 / self.tau if self.decay_input else 1.0
+        return self._dynamics(gain, offset=(self.v_reset or 0.0) / self.tau)
+
+
+ACCELERATED = {neuron.IFNode: AcceleratedIFNode, neuron.LIFNode: AcceleratedLIFNode}
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """Names of the neurons that run over our loop, and of those that do not with the reason."""
+
+    accelerated: tuple[str, ...]
+    left_alone: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.accelerated)} neurons accelerated, {len(self.left_alone)} left alone"]
+        return "\n".join(lines + [f"  {name or '(root)'}: {why}" for name, why in self.left_alone.items()])
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let SpikingJelly's stock ``IFNode`` and ``LIFNode`` run over our time loop, in place.
+
+    The node objects stay what and where they are (hooks, state, step mode, training flag, references
+    from elsewhere); only their class changes. Spikes are equal to rounding of the potential; gradients
+    to 1/255 of the surrogate's peak. Their state is float32 also for half-precision inputs. What is
+    left alone, and why, is logged and can be read from :func:`acceleration_report`.
+
+    Args:
+        model: a network, or a single neuron.
+
+    Returns:
+        The same ``model``.
+    """
+    for module in model.modules():
+        if type(module) in ACCELERATED and _why_not(module) is None:
+            module.record, module.recorded, module.through_trace = (), {}, False
+            module.__class__ = ACCELERATED[type(module)]
+    report = acceleration_report(model)
+    _log.log(logging.WARNING if report.left_alone else logging.INFO, "%s", report)
+    return model
+
+
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """Which of a model's neurons run over our time loop, and why the others do not."""
+    neurons = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (neuron.BaseNode, neuron.SimpleBaseNode))
+    }
+    return AccelerationReport(
+        tuple(name for name, module in neurons.items() if isinstance(module, TimeLoopNode)),
+        {
+            name: _why_not(module) or "accelerate(model) has not been called on it"
+            for name, module in neurons.items()
+            if not isinstance(module, TimeLoopNode)
+        },
+    )
+
+
+def _why_not(node: nn.Module) -> str | None:
+    kind = type(node)
+    if kind not in ACCELERATED:
+        return f"{kind.__name__} is neither SpikingJelly's IFNode nor its LIFNode (subclasses may differ)"
+    if node._neuron_precision is not None:
+        return "its precision was set explicitly"
+    if not node.v_threshold > 0:
+        return f"v_threshold {node.v_threshold} is not above 0"
+    surrogate = node.surrogate_function
+    if kernel_form(surrogate, node.v_threshold) is None:
+        return f"surrogate {type(surrogate).__name__} has no kernel form"
+    if isinstance(surrogate, LinearSurrogate) and node.v_threshold != 1:
+        return "a stock node does not divide LinearSurrogate's argument by the threshold, ours does"
+    return None
