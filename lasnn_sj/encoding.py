@@ -23,7 +23,8 @@ class _Encoder(nn.Module):
     def steps(self, images: Tensor, steps: int) -> Tensor:
         """The next ``steps`` steps of the code, ``[steps, N, ...]``.
 
-        Called piece by piece it gives what one call over all steps would, without holding them all.
+        Called piece by piece it gives what one call over all steps would, without holding them all (of a
+        random code on CUDA another draw of the same distribution, as draws depend on the call's size).
         """
         raise NotImplementedError
 
