@@ -45,7 +45,10 @@ class Form:
 
     def dropout(self, wanted: bool = True) -> nn.Module:
         """Dropout after a hidden layer, or nothing."""
-        return layer.Dropout(self.p, step_mode=self.step_mode) if wanted and self.p else nn.Identity()
+        if not (wanted and self.p):
+            return nn.Identity()
+        # SpikingJelly's keeps its mask until the network is reset, which nobody does to an ANN.
+        return layer.Dropout(self.p, step_mode="m") if self.spiking else nn.Dropout(self.p)
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> Conv2d:
         """Convolution without bias that keeps the size at stride 1; from N(0, sqrt(2 / (k * k * C_out)))."""
