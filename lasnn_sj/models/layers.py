@@ -19,9 +19,27 @@ class Conv2d(layer.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode."""
-        if self.step_mode == "m" and x.dim() == 5 and x.stride(0) == 0 and len(x) > 1:
+        if self.step_mode == "m" and _repeats(x):
             return super().forward(x[:1]).expand(len(x), -1, -1, -1, -1)
         return super().forward(x)
+
+
+class BatchNorm2d(layer.BatchNorm2d):
+    """SpikingJelly's batch norm over time and batch, which keeps a time stride of 0.
+
+    Equal steps have the mean and variance of one of them; only the running variance differs, in its
+    factor ``n / (n - 1)``, where ``n`` counts the pixels of one step instead of all.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode."""
+        if self.step_mode == "m" and _repeats(x):
+            return super().forward(x[:1]).expand(len(x), -1, -1, -1, -1)
+        return super().forward(x)
+
+
+def _repeats(x: Tensor) -> bool:
+    return x.dim() == 5 and x.stride(0) == 0 and len(x) > 1
 
 
 class Form:
