@@ -138,9 +138,7 @@ def backward(
         start = np.abs(_flat(v0, step) - np.float32(p.v_threshold))
         slope0 = np.empty(n, np.uint8)
         slope_bytes(start, slope0, p.shape, np.float32(p.scale))
-    bits = (
-        np.empty(0, np.int32) if spikes is None else _memory(spikes.to(torch.float32).view(torch.int32))
-    )
+    bits = np.empty(0, np.int32) if spikes is None else _memory(spikes.to(torch.float32).view(torch.int32))
     arrays = (
         g, g_step, _flat(g_v, step), _flat(g_rate, step), _flat(g_map, step), bits, _memory(slope),
         slope0, _flat(mask, step), _memory(g_x), _memory(g_v0), T, n,

@@ -139,9 +139,7 @@ class LIFNode(TimeLoopNode):
         step_mode: str = "s",
         store_v_seq: bool = False,
     ) -> None:
-        super().__init__(
-            v_threshold, leak, None, surrogate_function, detach_reset, step_mode, store_v_seq
-        )
+        super().__init__(v_threshold, leak, None, surrogate_function, detach_reset, step_mode, store_v_seq)
 
     @property
     def dynamics(self) -> Dynamics:

@@ -1,0 +1,415 @@
+"""The time-loop operation and its CPU kernels against the oracle in ``dynamics.py``."""
+
+import logging
+import threading
+from unittest import mock
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import surrogate
+from torch import nn
+from torch.testing import assert_close
+
+from lasnn_sj import neurons
+from lasnn_sj.neurons import LIFNode, LinearSurrogate, backends, cpu_kernels, dynamics, op, use_backend
+from lasnn_sj.neurons.dynamics import Dynamics, LoopParameters, run
+from lasnn_sj.neurons.op import time_loop
+
+SURROGATES = {
+    "linear": LinearSurrogate(0.3),
+    "atan": surrogate.ATan(2.0),
+    "sigmoid": surrogate.Sigmoid(4.0),
+    "piecewise": surrogate.PiecewiseQuadratic(1.5),
+}
+
+
+class Rounded(nn.Module):
+    """A surrogate whose slope is rounded to a byte by the kernels' own function.
+
+    The oracle with it must have the kernels' gradients but for float rounding. How far a byte is from
+    the surrogate's slope is a test of its own, below.
+    """
+
+    def __init__(self, function: nn.Module, v_threshold: float):
+        super().__init__()
+        form = op.kernel_form(function, v_threshold)
+        self.arguments = op.SHAPES.index(form.shape), np.float32(form.scale)
+        self.unit = np.float32(form.peak / 255)
+
+    def bytes(self, x):
+        distance = x.detach().abs().flatten().numpy()
+        slope = np.empty(distance.shape, np.uint8)
+        cpu_kernels.slope_bytes(distance, slope, *self.arguments)
+        return torch.from_numpy(slope).reshape(x.shape)
+
+    def forward(self, x):
+        slope = self.bytes(x).float() * self.unit
+        return (x >= 0).to(x) + slope * (x - x.detach())
+
+
+def attached_hard_step(x, v, d, rounded):
+    """The oracle's step, but its reset gradient uses ``v`` as it can be told from slope and spike."""
+    v = d.leak * v + (d.gain * x.float() + d.offset)
+    spikes = rounded(v - d.v_threshold)
+    o = spikes.detach()
+    distance = torch.from_numpy(cpu_kernels.distances(*map(float, rounded.arguments)))
+    distance = distance[rounded.bytes(v - d.v_threshold).long()]
+    told = d.v_threshold + (2 * o - 1) * distance
+    return spikes, (1 - o) * v + o * d.v_reset + (d.v_reset - told) * (spikes - o)
+
+
+def lay_out(x, layout):
+    """The same values in another memory layout."""
+    if layout == "channels_last":
+        return x.movedim(2, -1).contiguous().movedim(-1, 2)
+    if layout == "repeated":
+        return x[:1].expand_as(x)
+    if layout == "batch_first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "every_other_step":
+        return torch.stack([x, x + 1], 1).flatten(0, 1)[::2]
+    if layout == "every_other_channel":
+        return torch.stack([x, x + 1], 3).flatten(2, 3)[:, :, ::2]
+    return x
+
+
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "repeated",
+    "batch_first",
+    "every_other_step",
+    "every_other_channel",
+)
+
+
+def both(x, v, d, function, mask, maps, through_trace, oracle_function):
+    """Results and gradients ``(result, g_x, g_v)`` of the kernels and of the oracle."""
+    outcomes = []
+    for loop, f in ((time_loop, function), (run, oracle_function)):
+        x_leaf, v_leaf = x.detach().requires_grad_(), v.detach().requires_grad_()
+        result = loop(x_leaf, v_leaf, d, f, mask, maps, maps, through_trace)
+        generator = torch.Generator().manual_seed(5)
+        loss = sum((r * torch.randn(r.shape, generator=generator)).sum() for r in result if r is not None)
+        loss.backward()
+        outcomes.append((result, x_leaf.grad, v_leaf.grad))
+    return outcomes
+
+
+@st.composite
+def cases(draw):
+    reset = draw(st.sampled_from(["paper", "soft", "hard"]))
+    dynamics = Dynamics(
+        leak=draw(st.sampled_from([0.0, 0.5, 0.99, 1.0])),
+        v_threshold=draw(st.sampled_from([0.4, 1.0, 2.5])),
+        reset=reset,
+        v_reset=draw(st.sampled_from([0.0, -0.3])),
+        gain=draw(st.sampled_from([1.0, 0.5])),
+        offset=draw(st.sampled_from([0.0, 0.1])),
+        detach_reset=draw(st.booleans()),
+    )
+    shape = [draw(st.integers(1, 70))] + [draw(st.integers(1, n)) for n in (3, 5, 4, 6)]
+    return {
+        "dynamics": dynamics,
+        "surrogate": draw(st.sampled_from(sorted(SURROGATES))),
+        "shape": shape,
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "masked": draw(st.booleans()),
+        "maps": draw(st.booleans()),
+        "through_trace": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def make(case):
+    generator = torch.Generator().manual_seed(case["seed"])
+    x = lay_out(torch.randn(case["shape"], generator=generator), case["layout"])
+    v = torch.randn(case["shape"][1:], generator=generator)
+    mask = None
+    if case["masked"]:
+        mask = (torch.rand(v.shape, generator=generator) > 0.3).float() / 0.7
+    return x, v, mask
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases())
+def test_equals_the_oracle(case):
+    x, v, mask = make(case)
+    function = SURROGATES[case["surrogate"]]
+    d = case["dynamics"]
+    rounded = Rounded(function, d.v_threshold)
+    step = attached_hard_step if d.reset == "hard" and not d.detach_reset else dynamics.step
+    with mock.patch.object(dynamics, "step", step):
+        (ours, g_x, g_v), (oracle, o_x, o_v) = both(
+            x, v, d, function, mask, case["maps"], case["through_trace"], rounded
+        )
+    for name, value in oracle._asdict().items():
+        got = getattr(ours, name)
+        # bit for bit: no tolerance (and 0 == -0.0, which is how a dropped spike is marked)
+        assert (got is None and value is None) or torch.equal(got, value), name
+    assert g_x.shape == x.shape and g_v.shape == v.shape
+    for got, value in ((g_x, o_x), (g_v, o_v)):
+        assert (got - value).abs().max() <= 1e-4 * value.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("function", SURROGATES.values(), ids=SURROGATES)
+@pytest.mark.parametrize("reset", ["paper", "soft", "hard"])
+def test_one_step_gradient_is_off_by_half_of_a_255th_of_the_peak(reset, function):
+    theta = 0.8
+    _, peak, _ = op.kernel_form(function, theta)
+    x = torch.linspace(-3, 4, 5001).reshape(1, -1)
+    slopes = []
+    for loop in (time_loop, run):
+        leaf = x.clone().requires_grad_()
+        d = Dynamics(v_threshold=theta, reset=reset)
+        loop(leaf, torch.zeros(5001), d, function).spikes.sum().backward()
+        slopes.append(leaf.grad)
+    error = (slopes[0] - slopes[1]).abs().max()
+    assert error <= peak / 255 * 0.52  # half a step, and what the approximate exponential adds
+    assert error > peak / 255 * 0.4  # the bound is reached, so it is the rounding that is seen
+    assert slopes[1].max() > 0.99 * peak
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("shape", [0, 1, 2])
+def test_the_distance_found_from_a_byte_has_that_byte(shape, scale):
+    distance = cpu_kernels.distances(shape, scale)
+    slope = np.empty(256, np.uint8)
+    cpu_kernels.slope_bytes(distance, slope, shape, np.float32(scale))
+    assert slope[1:].tolist() == list(range(1, 256))
+    assert np.isfinite(distance).all() and (np.diff(distance) < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(20, 4, 33).to(dtype)
+    v = torch.zeros(4, 33)
+    function = SURROGATES["atan"]
+    d = Dynamics(leak=0.9)
+    (ours, g_x, g_v), (oracle, o_x, o_v) = both(x, v, d, function, None, True, False, Rounded(function, 1.0))
+    assert ours.spikes.dtype == g_x.dtype == dtype
+    assert ours.v.dtype == ours.firing_rate.dtype == g_v.dtype == torch.float32
+    for got, value in zip(ours, oracle, strict=True):
+        assert torch.equal(got, value)
+    assert_close(g_x, o_x, rtol=0.02, atol=0.01)
+    assert_close(g_v, o_v, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_keep_the_layout_of_a_step(layout):
+    x = lay_out(torch.randn(4, 2, 3, 5, 7), layout).requires_grad_()
+    result = time_loop(x, torch.zeros(2, 3, 5, 7), Dynamics(), LinearSurrogate(), firing_rate=True)
+    step = x[0].stride() if layout in ("channels_last", "repeated") else (105, 35, 7, 1)
+    assert result.v.stride() == result.firing_rate.stride() == step
+    assert result.spikes.stride() == (210, *step)
+
+
+def test_backward_keeps_one_byte_per_neuron_and_step():
+    x = torch.randn(50, 1000, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        time_loop(x, torch.zeros(1000), Dynamics(), LinearSurrogate(), firing_rate=True)
+    assert sum(kept) == 50 * 1000 + 4 * 1000  # slopes, and the first state
+
+
+def test_without_a_gradient_no_slopes_are_kept():
+    parameters = LoopParameters(
+        0.9, 1.0, 0.0, 1.0, 0.0, 0, 0, 0.3, 1.0, True, False, False, False, keep_slope=False
+    )
+    outputs = op._time_loop(torch.randn(4, 5), torch.zeros(5), None, [float(p) for p in parameters])
+    assert outputs[-1].numel() == 0
+    with torch.no_grad():
+        x = torch.randn(4, 5, requires_grad=True)
+        assert time_loop(x, torch.zeros(5), Dynamics(), LinearSurrogate()).spikes.grad_fn is None
+
+
+@pytest.mark.parametrize("reset", ["paper", "soft", "hard"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("t", [0, 3, 6])
+def test_nan_and_infinity_are_errors(reset, value, t):
+    x = torch.ones(7, 5000)
+    x[t, 4321] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        time_loop(x, torch.zeros(5000), Dynamics(leak=0.5, reset=reset), LinearSurrogate())
+
+
+def test_zero_neurons_give_empty_results():
+    x = torch.randn(3, 0, 4, requires_grad=True)
+    result = time_loop(
+        x, torch.zeros(0, 4), Dynamics(), LinearSurrogate(), firing_rate=True, activation_map=True
+    )
+    assert result.spikes.shape == (3, 0, 4)
+    assert result.v.shape == result.firing_rate.shape == result.activation_map.shape == (0, 4)
+    result.spikes.sum().backward()
+    assert x.grad.shape == (3, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(0, 3)}, "T >= 1"),
+        ({"x": torch.zeros(3)}, r"\[T, N, ...\]"),
+        ({"x": torch.zeros(2, 3, dtype=torch.int64)}, "floating point"),
+        ({"v": torch.zeros(4)}, r"state v must have the shape \(3,\)"),
+        ({"v": torch.zeros(3, device="meta")}, "its device cpu"),
+        ({"v": torch.zeros(3, dtype=torch.float64)}, "state v must be torch.float32"),
+        ({"v": torch.zeros(3, dtype=torch.bfloat16)}, "state v must be torch.float32"),
+        ({"mask": torch.zeros(2, 3)}, "mask must have the shape"),
+        ({"mask": torch.zeros(3, requires_grad=True)}, "mask is a constant"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    given = {"x": torch.zeros(2, 3), "v": torch.zeros(3), "mask": None} | arguments
+    with pytest.raises(ValueError, match=message):
+        time_loop(given["x"], given["v"], Dynamics(), LinearSurrogate(), given["mask"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reset", [0.0, 2.0])
+def test_opcheck(reset, masked):
+    x = lay_out(torch.randn(4, 2, 3, 5, 5), "channels_last" if masked else "contiguous").requires_grad_()
+    v = torch.zeros(2, 3, 5, 5, requires_grad=True)
+    mask = torch.ones(2, 3, 5, 5) if masked else None
+    maps = float(masked)
+    parameters = [0.9, 1.0, 0.0, 1.0, 0.0, reset, 0.0, 0.3, 1.0, 1.0, maps, maps, 0.0, 1.0]
+    torch.library.opcheck(op._time_loop, (x, v, mask, parameters))
+    if masked:
+        spikes, _, rate, amap, slope = (o.detach() for o in op._time_loop(x, v, mask, parameters))
+        arguments = (spikes, None, rate, amap, spikes, slope, v.detach(), mask, parameters, x.dtype)
+        torch.library.opcheck(op._time_loop_backward, arguments)
+
+
+def test_compiles_into_one_graph():
+    node = LIFNode(step_mode="m")
+    node.record = ("firing_rate",)
+    torch.manual_seed(0)
+    weight = torch.randn(7, 7, requires_grad=True)
+    x = torch.randn(6, 4, 7)
+
+    def layer(x, weight):
+        return node(x @ weight).sum(0), node.recorded["firing_rate"]
+
+    outcomes = []
+    for f in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        node.reset()
+        counts, rate = f(x, weight)
+        (gradient,) = torch.autograd.grad((counts**2).sum() + rate.sum(), weight)
+        outcomes.append((counts, rate, gradient))
+    assert outcomes[0][0].sum() > 0
+    for eager, compiled in zip(*outcomes, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_under_autocast_the_neuron_takes_and_gives_bfloat16():
+    torch.manual_seed(0)
+    conv, node = nn.Conv2d(2, 4, 3), LIFNode(step_mode="m")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = torch.randn(10, 2, 8, 8)
+        spikes = node(conv(images).unflatten(0, (5, 2)) * 3)
+    assert spikes.dtype == torch.bfloat16 and node.v.dtype == torch.float32
+    spikes.sum().backward()
+    assert conv.weight.grad.dtype == torch.float32 and conv.weight.grad.abs().sum() > 0
+
+
+def test_same_result_on_any_number_of_threads_and_from_several_at_once():
+    torch.manual_seed(0)
+    x, v = torch.randn(20, 9001), torch.zeros(9001)
+
+    def spikes():
+        return time_loop(x, v, Dynamics(), LinearSurrogate()).spikes
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = spikes()
+        torch.set_num_threads(3)
+        assert torch.equal(spikes(), alone)
+        results = []
+        threads = [threading.Thread(target=lambda: results.append(spikes())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert len(results) == 4 and all(torch.equal(r, alone) for r in results)
+
+
+class SpikingDataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        x = torch.full((20, 5000), 0.3 + index)
+        return time_loop(x, torch.zeros(5000), Dynamics(), LinearSurrogate()).spikes.mean()
+
+
+def test_runs_in_a_forked_data_loader_worker():
+    expected = [data.item() for data in map(SpikingDataset().__getitem__, range(2))]
+    loader = torch.utils.data.DataLoader(
+        SpikingDataset(), num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    assert [batch.item() for batch in loader] == expected
+
+
+def test_kernels_compile_without_a_place_to_cache(monkeypatch):
+    njit = numba.njit
+
+    def no_place(*, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", no_place)
+
+    def twice(x):
+        return x + x
+
+    assert cpu_kernels.compiled(twice)(21) == 42
+
+
+def test_backend_names_what_runs_and_why():
+    assert neurons.backend("cpu").name == "numba"
+    assert neurons.backend(torch.zeros(2, dtype=torch.bfloat16)).name == "numba"
+    name, reason = neurons.backend(torch.zeros(2, dtype=torch.float64))
+    assert name == "torch" and "float64" in reason
+    name, reason = neurons.backend("cpu", surrogate=surrogate.SoftSign())
+    assert name == "torch" and "SoftSign has no kernel form" in reason
+    name, reason = neurons.backend("meta")
+    assert name == "torch" and "no kernel for device meta" in reason
+
+
+def test_a_forced_backend_runs_or_raises():
+    x, v, d = torch.randn(3, 4), torch.zeros(4), Dynamics()
+    with use_backend("torch"):
+        assert neurons.backend("cpu").name == "torch"
+        with use_backend("numba"):
+            assert neurons.backend(x).name == "numba"
+        exact = time_loop(x.requires_grad_(), v, d, LinearSurrogate())
+    assert "TimeLoop" not in exact.spikes.grad_fn.name()
+    assert "time_loop" in time_loop(x, v, d, LinearSurrogate()).spikes.grad_fn.name()
+    with use_backend("cupy"), pytest.raises(RuntimeError, match="cupy does not run on device cpu"):
+        time_loop(x, v, d, LinearSurrogate())
+    with use_backend("numba"), pytest.raises(RuntimeError, match="SoftSign"):
+        time_loop(x, v, d, surrogate.SoftSign())
+    with pytest.raises(ValueError, match="backend must be one of"), use_backend("gpu"):
+        pass
+    assert neurons.backend("cpu").name == "numba"
+
+
+def test_falling_back_is_logged_once(caplog):
+    backends._warn.cache_clear()
+    x, v = torch.randn(3, 4), torch.zeros(4)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            time_loop(x, v, Dynamics(), surrogate.SoftSign())
+            time_loop(x, v, Dynamics(), LinearSurrogate())
+        with use_backend("torch"):
+            time_loop(x, v, Dynamics(), LinearSurrogate())
+    (record,) = caplog.records
+    assert "SoftSign" in record.getMessage()
