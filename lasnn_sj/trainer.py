@@ -23,13 +23,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 
 from . import attention, checkpoint, objectives, taps
-from .neurons import IntegratorNode
+from .objectives import BatchError, class_scores, resolve_readout
 
 log = logging.getLogger(__name__)
-
-
-class BatchError(ValueError):
-    """A batch or what the student made of it cannot be used; the message says which and why."""
 
 
 class LaSNNTrainer:
@@ -260,7 +256,8 @@ class LaSNNTrainer:
         """Before the first step: look at what the student gives, and set the taps."""
         if self._num_classes is not None:
             return
-        small = images[:2].to(self.device)
+        axis = _batch_axis(images, labels)
+        small = images.narrow(axis, 0, min(2, len(labels))).to(self.device)
         random_state = checkpoint.random_state()  # looking must not change what is trained
         generator = getattr(self.encoder, "generator", None)
         generator_state = None if generator is None else generator.get_state()
@@ -269,7 +266,7 @@ class LaSNNTrainer:
         with torch.no_grad():
             encoded = small if self.encoder is None else self.encoder(small)
             outputs = self.student(encoded)
-            self._num_classes = class_scores(outputs, len(small), self.readout).shape[1]
+            self._num_classes = class_scores(outputs, small.shape[axis], self.readout).shape[1]
             if self.attention:
                 self._set_taps(encoded, small)
         functional.reset_net(self.student)
@@ -430,31 +427,6 @@ def evaluate(
     return {"loss": loss.compute().item(), "top1": 100 * correct.compute().item(), "samples": samples}
 
 
-def resolve_readout(model: nn.Module, readout: str) -> str:
-    """``"last"`` or ``"mean"``; ``"auto"`` by whether the network integrates its output."""
-    if readout != "auto":
-        return readout
-    return "last" if any(isinstance(m, IntegratorNode) for m in model.modules()) else "mean"
-
-
-def class_scores(outputs: Tensor, batch: int, readout: str) -> Tensor:
-    """Class scores ``[N, K]`` (float32) of a student's output ``[T, N, K]`` or ``[N, K]``.
-
-    Raises:
-        BatchError: any other shape.
-    """
-    if isinstance(outputs, Tensor):
-        if outputs.dim() == 2 and outputs.shape[0] == batch:
-            return outputs.float()
-        if outputs.dim() == 3 and outputs.shape[1] == batch:
-            return (outputs[-1] if readout == "last" else outputs.mean(0)).float()
-    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    raise BatchError(
-        f"the student must give class scores [N, K] or [T, N, K] with N = {batch}, got {got}; "
-        f"is it in multi-step mode (functional.set_step_mode(net, 'm'))?"
-    )
-
-
 def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
     """Images and labels of a loader's batch.
 
@@ -473,9 +445,15 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
             f"{where}: labels must be whole numbers [N] with N >= 1, got {labels.dtype} {tuple(labels.shape)}"
         )
     if not bool(torch.isfinite(images).all()):
-        bad = torch.nonzero(~torch.isfinite(images).flatten(1).all(1)).flatten().tolist()
+        finite = torch.isfinite(images).movedim(_batch_axis(images, labels), 0)
+        bad = torch.nonzero(~finite.flatten(1).all(1)).flatten().tolist()
         raise BatchError(f"{where}: images hold NaN or infinity, in samples {bad[:8]}")
     return images, labels.long()
+
+
+def _batch_axis(images: Tensor, labels: Tensor) -> int:
+    """1 where a batch has its time axis already, as event frames ``[T, N, C, H, W]`` do, else 0."""
+    return int(images.dim() == 5 and images.shape[1] == len(labels))
 
 
 def _check_labels(labels: Tensor, num_classes: int, where: str) -> None:
