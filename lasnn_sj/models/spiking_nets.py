@@ -69,7 +69,9 @@ class SpikingBlock(nn.Module):
         self.conv2, self.norm2, self.neuron2 = _unit(c_out, c_out)
         same = c_in == c_out and stride == 1
         self.skip = (
-            nn.Identity() if same else nn.Sequential(_conv(c_in, c_out, kernel=1, stride=stride), _norm(c_out))
+            nn.Identity()
+            if same
+            else nn.Sequential(_conv(c_in, c_out, kernel=1, stride=stride), _norm(c_out))
         )
 
     def forward(self, x: Tensor) -> Tensor:
