@@ -1,0 +1,268 @@
+"""The time loop on CUDA: chooses a variant of the kernels in ``lif.cu`` and launches it through CuPy.
+
+Kernels run on torch's current stream of the tensor's device, without synchronising and without memory
+other than their outputs, so they can be captured into a CUDA graph. A variant is compiled when it is
+first used (about a second; CuPy keeps the result on disk), so run once before a capture.
+
+CuPy compiles with ``-ftz=true``: potentials below 1.2e-38 count as 0.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from importlib import resources
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dynamics import LoopParameters
+from .layout import empty_sequence
+
+THREADS = 128  # as in the kernels' __launch_bounds__
+BUSY = 512  # threads that each multiprocessor should have before a thread takes more neurons
+TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+HARD, NO_SLOPE = 2, 3
+
+# The argument structures of lif.cu, field by field.
+_FORWARD = np.dtype(
+    [(name, np.uint64) for name in ("x", "v", "mask", "spikes", "v_T", "rate", "amap", "slope")]
+    + [(name, np.int64) for name in ("T", "n", "x_step")]
+    + [(name, np.float32) for name in ("leak", "gain", "offset", "v_threshold", "v_reset", "scale")]
+)
+_BACKWARD = np.dtype(
+    [(name, np.uint64) for name in ("g_spikes", "g_v", "g_rate", "g_map")]
+    + [(name, np.uint64) for name in ("spikes", "slope", "v0", "mask", "g_x", "g_v0")]
+    + [(name, np.int64) for name in ("T", "n", "g_step")]
+    + [(name, np.float32) for name in ("leak", "gain", "v_threshold", "v_reset", "scale", "peak")]
+    + [(name, np.float32) for name in ("attached", "through_trace")]
+)
+
+
+class Launch(NamedTuple):
+    """One kernel launch: the variant's C++ name, blocks, and its argument structure by value."""
+
+    kernel: str
+    blocks: int
+    args: np.ndarray
+
+
+class _Stream(NamedTuple):
+    """A raw stream the way CuPy's launch asks for it (its own classes changed names in CuPy 14)."""
+
+    ptr: int
+
+
+def why_not(target: Tensor | torch.device) -> str | None:
+    """Why the CUDA kernels cannot run for this tensor or device; ``None`` where they can."""
+    device = target if isinstance(target, torch.device) else target.device
+    if device.type != "cuda":
+        return f"the CUDA kernels need a CUDA tensor, got one on {device}"
+    if isinstance(target, Tensor) and target.dtype not in TYPES:
+        return f"the CUDA kernels take float32, bfloat16 and float16, got {target.dtype}"
+    if torch.version.hip:
+        return "the CUDA kernels are not built for ROCm"
+    return _why_no_cupy()
+
+
+@lru_cache(maxsize=1)
+def _why_no_cupy() -> str | None:
+    extra = f"cuda{(torch.version.cuda or '13').split('.')[0]}"
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        return f'CuPy cannot be imported ({error}); it comes with: pip install "lasnn-sj[{extra}]"'
+    return None
+
+
+def forward(
+    x: Tensor, v: Tensor, mask: Tensor | None, p: LoopParameters
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope)``.
+
+    Args:
+        x: ``[T, N, ...]``, float32, bfloat16 or float16; each step without gaps in memory, any stride
+            between steps, 0 too. ``spikes`` get its dtype and the layout of its steps.
+        v: ``[N, ...]``, float32.
+        mask: ``[N, ...]`` or ``None``. A spike that it drops is written as -0.0.
+
+    ``slope`` is uint8, ``[T, N, ...]``, in 1/255 of the surrogate's peak; empty without
+    ``p.keep_slope``. NaN in ``x`` is not looked for: that would stall the device.
+    """
+    step = x[0]
+    outputs = (
+        empty_sequence(x, x.dtype),
+        torch.empty_like(step, dtype=torch.float32),
+        torch.empty_like(step, dtype=torch.float32) if p.firing_rate else None,
+        torch.empty_like(step, dtype=torch.float32) if p.activation_map else None,
+        empty_sequence(x, torch.uint8) if p.keep_slope else step.new_empty(0, dtype=torch.uint8),
+    )
+    if step.numel():
+        inputs = (x, _as_step(v, step), _as_step(mask, step))
+        _launch(plan_forward(*inputs, outputs, p, _processors(x.device)), x.device)
+    return outputs
+
+
+def backward(
+    g_spikes: Tensor | None,
+    g_v: Tensor | None,
+    g_rate: Tensor | None,
+    g_map: Tensor | None,
+    spikes: Tensor | None,
+    slope: Tensor,
+    v0: Tensor,
+    mask: Tensor | None,
+    p: LoopParameters,
+) -> tuple[Tensor, Tensor]:
+    """Adjoint of :func:`forward`: gradients of ``x`` and ``v``, in ``slope``'s layout.
+
+    A gradient that is ``None`` counts as 0. ``spikes`` may be ``None`` unless the reset is hard or
+    ``g_map`` is given. The gradient of ``x`` has the dtype of ``g_spikes``, that of ``v`` is float32.
+    """
+    step = slope[0]
+    if g_spikes is None:
+        dtype = torch.float32 if spikes is None else spikes.dtype
+        g_spikes = torch.zeros_like(step, dtype=dtype).expand(slope.shape)
+    elif not _same_order(g_spikes[0], step) or 0 < g_spikes.stride(0) < step.numel():
+        g_spikes = empty_sequence(slope, g_spikes.dtype).copy_(g_spikes)
+    g_x = empty_sequence(slope, g_spikes.dtype)
+    g_v0 = torch.empty_like(step, dtype=torch.float32)
+    if step.numel():
+        inputs = (
+            g_spikes, _as_step(g_v, step), _as_step(g_rate, step), _as_step(g_map, step),
+            spikes, slope, _as_step(v0, step), _as_step(mask, step),
+        )  # fmt: skip
+        _launch(plan_backward(*inputs, (g_x, g_v0), p, _processors(slope.device)), slope.device)
+    return g_x, g_v0
+
+
+def plan_forward(
+    x: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
+    p: LoopParameters,
+    processors: int,
+) -> Launch:
+    """Variant and arguments of one forward launch; every tensor in the memory order of ``x[0]``."""
+    T, n = x.shape[0], x[0].numel()
+    x_step = x.stride(0) if T > 1 else 0
+    width = _width(n, x_step, x.element_size(), processors, (x, v, mask, *outputs))
+    shape = p.shape if p.keep_slope else NO_SLOPE
+    pointers = [_pointer(t) for t in (x, v, mask, *outputs)]
+    numbers = (p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, p.scale)
+    return Launch(
+        kernel_name("forward", x.dtype, width, p.reset, shape, p.activation_map),
+        -(-n // (width * THREADS)),
+        np.array((*pointers, T, n, x_step, *numbers), _FORWARD),
+    )
+
+
+def plan_backward(
+    g_spikes: Tensor,
+    g_v: Tensor | None,
+    g_rate: Tensor | None,
+    g_map: Tensor | None,
+    spikes: Tensor | None,
+    slope: Tensor,
+    v0: Tensor,
+    mask: Tensor | None,
+    outputs: tuple[Tensor, Tensor],
+    p: LoopParameters,
+    processors: int,
+) -> Launch:
+    """Variant and arguments of one backward launch; every tensor in the memory order of ``slope[0]``."""
+    if spikes is None and (g_map is not None or p.reset == HARD):
+        raise ValueError("spikes must be given for a hard reset and for g_map, got None")
+    T, n = slope.shape[0], slope[0].numel()
+    g_step = g_spikes.stride(0) if T > 1 else 0
+    tensors = (g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, *outputs)
+    width = _width(n, g_step, g_spikes.element_size(), processors, tensors)
+    # A detached reset never asks for potentials, and a soft one's need only the slope that was kept.
+    shape = NO_SLOPE if p.detach_reset or p.reset == 1 else p.shape
+    pointers = [_pointer(t) for t in tensors]
+    numbers = (p.leak, p.gain, p.v_threshold, p.v_reset, p.scale, p.peak)
+    switches = (not p.detach_reset, p.through_trace)
+    return Launch(
+        kernel_name("backward", g_spikes.dtype, width, p.reset, shape, g_map is not None),
+        -(-n // (width * THREADS)),
+        np.array((*pointers, T, n, g_step, *numbers, *switches), _BACKWARD),
+    )
+
+
+def kernel_name(
+    direction: str, dtype: torch.dtype, width: int, reset: int, shape: int, activation_map: bool
+) -> str:
+    """C++ name of a variant, e.g. ``lif_forward<float, 4, 0, 0, 0>``."""
+    return f"lif_{direction}<{TYPES[dtype]}, {width}, {reset}, {shape}, {int(activation_map)}>"
+
+
+def widths(element_size: int) -> list[int]:
+    """Neurons that a thread may own, widest (16 bytes) first."""
+    return [w for w in (8, 4, 2, 1) if w * element_size <= 16]
+
+
+def kernel_names() -> list[str]:
+    """Every variant that :func:`forward` and :func:`backward` can ask for."""
+    return [
+        kernel_name(direction, dtype, width, reset, shape, activation_map)
+        for direction, dtype, reset, shape, activation_map in product(
+            ("forward", "backward"), TYPES, range(3), range(4), (False, True)
+        )
+        if not (direction == "backward" and reset == 1 and shape != NO_SLOPE)
+        for width in widths(dtype.itemsize)
+    ]
+
+
+def source() -> str:
+    """The CUDA source of all variants."""
+    return resources.files(__package__).joinpath("lif.cu").read_text(encoding="utf-8")
+
+
+def _width(n: int, row: int, element_size: int, processors: int, tensors: tuple[Tensor | None, ...]) -> int:
+    """Neurons per thread: as many as 16 bytes hold, if memory is aligned and the device stays busy."""
+    for width in widths(element_size):
+        aligned = n % width == row % width == 0 and all(
+            _pointer(t) % (width * t.element_size()) == 0 for t in tensors if t is not None
+        )
+        if aligned and n >= width * BUSY * processors:
+            return width
+    return 1
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None or t.numel() == 0 else t.data_ptr()
+
+
+def _same_order(t: Tensor, step: Tensor) -> bool:
+    strides = zip(t.stride(), step.stride(), step.shape, strict=True)
+    return all(a == b or size == 1 for a, b, size in strides)
+
+
+def _as_step(t: Tensor | None, step: Tensor) -> Tensor | None:
+    """``t`` as float32 in the memory order of ``step``; copied only where it is not so yet."""
+    if t is None or (t.dtype == torch.float32 and _same_order(t, step)):
+        return t
+    return torch.empty_like(step, dtype=torch.float32).copy_(t)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _compiled(kernel: str):
+    import cupy
+
+    # CuPy keeps a compiled copy per device. A module per variant: nobody waits for the other 500.
+    module = cupy.RawModule(code=source(), options=("--std=c++17",), name_expressions=(kernel,))
+    return module.get_function(kernel)
+
+
+def _launch(launch: Launch, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
+        _compiled(launch.kernel)((launch.blocks,), (THREADS,), (launch.args,), stream=stream)

@@ -1,0 +1,574 @@
+"""The CUDA kernels against the oracle: on the device where there is one, and always on the CPU.
+
+Without a GPU, NVRTC compiles ``lif.cu`` for every architecture, and g++ builds the same source with
+``cuda_host.h``, so that ``lasnn_sj.neurons.cuda`` runs as it is but for the last call that launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
+
+from lasnn_sj.neurons import LinearSurrogate, cuda, dynamics
+from lasnn_sj.neurons.dynamics import Dynamics, LoopParameters
+from lasnn_sj.neurons.surrogate import kernel_form
+
+RESETS = ("paper", "soft", "hard")
+SHAPES = ("triangle", "atan", "sigmoid")
+SURROGATES = {
+    "triangle": LinearSurrogate(0.3),
+    "atan": surrogate.ATan(alpha=2.0),
+    "sigmoid": surrogate.Sigmoid(alpha=4.0),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+# ------------------------------------------------------------------------------- running the kernels
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory):
+    """All variants of lif.cu as a library for this CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed; it is what runs the CUDA kernels on the CPU")
+    folder = tmp_path_factory.mktemp("lif")
+    calls = "".join(
+        f'    if (!std::strcmp(name, "{name}")) return run_kernel({name}, blocks, threads, args, size);\n'
+        for name in cuda.kernel_names()
+    )
+    (folder / "lif.cu").write_text(cuda.source())
+    (folder / "host.cpp").write_text(
+        '#include "cuda_host.h"\n#include "lif.cu"\n'
+        'extern "C" int launch(const char* name, unsigned blocks, unsigned threads,\n'
+        "                      const void* args, unsigned size) {\n"
+        f"{calls}    return 1;\n}}\n"
+    )
+    library = folder / "lif.so"
+    flags = ["-std=c++17", "-O0", "-w", "-ffp-contract=off", "-fno-strict-aliasing"]
+    flags += os.environ.get("CXXFLAGS", "").split()  # e.g. -fsanitize=address
+    command = ["g++", *flags, "-I", str(Path(__file__).parent), "-shared", "-fPIC"]
+    built = subprocess.run(
+        [*command, str(folder / "host.cpp"), "-o", str(library)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr[:4000]
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(params=["host", "device"])
+def device(request, monkeypatch):
+    """Where the kernels run: the CPU through cuda_host.h, or a GPU. Widths are as wide as may be."""
+    monkeypatch.setattr(cuda, "BUSY", 1)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    if request.param == "device":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        reason = cuda.why_not(torch.device("cuda"))
+        if reason:
+            pytest.skip(reason)
+        return torch.device("cuda")
+    library = request.getfixturevalue("host_kernels")
+
+    def launch(plan: cuda.Launch, device: torch.device) -> None:
+        pointer = plan.args.ctypes.data_as(ctypes.c_void_p)
+        size = plan.args.dtype.itemsize
+        status = library.launch(plan.kernel.encode(), plan.blocks, cuda.THREADS, pointer, size)
+        assert status == 0, {1: f"no kernel {plan.kernel}", 2: "the structure's size differs"}[status]
+
+    monkeypatch.setattr(cuda, "_launch", launch)
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches that were made, in order."""
+    plans = []
+    for name in ("plan_forward", "plan_backward"):
+        plan = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *a, plan=plan: plans.append(plan(*a)) or plans[-1])
+    return plans
+
+
+def parameters(d: Dynamics, shape: str, **flags: bool) -> LoopParameters:
+    form = kernel_form(SURROGATES[shape], d.v_threshold)
+    return LoopParameters(
+        leak=d.leak,
+        gain=d.gain,
+        offset=d.offset,
+        v_threshold=d.v_threshold,
+        v_reset=d.v_reset,
+        reset=RESETS.index(d.reset),
+        shape=SHAPES.index(form.shape),
+        peak=form.peak,
+        scale=form.scale,
+        detach_reset=d.detach_reset,
+        **{"firing_rate": False, "activation_map": False, "through_trace": False, **flags},
+    )
+
+
+def memory_order(t: Tensor) -> list[int]:
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+# ---------------------------------------------------------------------------------------- the oracle
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.saved_tensors[0], None
+
+
+class KeptSlopes:
+    """A surrogate whose slope at each call is the one that the kernel kept, so that what is left
+    between the oracle's gradients and the kernel's is rounding in float32."""
+
+    def __init__(self, slope: Tensor, v0: Tensor, d: Dynamics, p: LoopParameters) -> None:
+        self.slopes = list(slope.float() * (p.peak / 255))
+        if d.reset == "paper":  # asked twice a step: for the reset by the spike before, and for this one
+            first = p.peak * shape_of(p, p.scale * (v0 - d.v_threshold).abs())
+            steps = [first, *self.slopes]
+            self.slopes = [s for pair in zip(steps, self.slopes) for s in pair]
+        self.calls = iter(self.slopes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Kept.apply(x, next(self.calls))
+
+
+def shape_of(p: LoopParameters, z: Tensor) -> Tensor:
+    """``surrogate.KernelForm``'s shape."""
+    s = torch.sigmoid(z)
+    return [(1 - z).clamp_min(0), 1 / (1 + z * z), 4 * s * (1 - s)][p.shape]
+
+
+def kept_potentials(slope: Tensor, spikes: Tensor, p: LoopParameters) -> Tensor:
+    """Potentials as far as one byte and the side of the threshold tell."""
+    s = slope.double().clamp_min(0.5) / 255
+    r = (1 - s).sqrt()
+    z = [1 - s, (1 / s - 1).sqrt(), torch.log((1 + r) / (1 - r).clamp_min(1e-12))][p.shape]
+    z = torch.where(slope == 255, torch.zeros_like(z), z) if p.shape == 2 else z
+    side = torch.where(spikes.view(torch.int16 if spikes.itemsize == 2 else torch.int32) != 0, 1.0, -1.0)
+    return (p.v_threshold + side * z / p.scale).float()
+
+
+def attached_hard_step(potentials: Tensor):
+    """``dynamics.step`` whose reset takes the potential that its gradient needs from ``potentials``."""
+    seen = iter(potentials)
+
+    def step(x, v, d, surrogate):
+        x = x.to(v.dtype)
+        if d.gain != 1.0 or d.offset != 0.0:
+            x = d.gain * x + d.offset
+        v = d.leak * v + x
+        spikes = dynamics.fire(v, d, surrogate)
+        o = spikes.detach()
+        return spikes, (1 - o) * v + o * d.v_reset + (spikes - o) * (d.v_reset - next(seen))
+
+    return step
+
+
+def draw(T: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> SimpleNamespace:
+    """Inputs that fire in about a third of the steps, and gradients for every output."""
+    torch.manual_seed(seed)
+    n = torch.randn
+    return SimpleNamespace(
+        x=(0.4 + 0.6 * n(T, *shape)).to(dtype),
+        v=0.8 * n(shape),
+        mask=(torch.rand(shape) < 0.7).float() / 0.7,
+        g_spikes=n(T, *shape).to(dtype),
+        g_v=n(shape),
+        g_rate=n(shape),
+        g_map=n(shape),
+    )
+
+
+def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, through_trace=False):
+    """One forward and backward of the kernels against ``dynamics.run`` and autograd."""
+    flags = dict(firing_rate=maps, activation_map=maps, through_trace=through_trace)
+    p = parameters(d, shape, **flags)
+    mask = case.mask if use_mask else None
+    dtype = case.x.dtype
+
+    def put(t: Tensor | None) -> Tensor | None:
+        """To the device with all its strides."""
+        if t is None or t.device == device:
+            return t
+        base = t.as_strided((t.untyped_storage().size() // t.itemsize,), (1,), 0)
+        return base.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+    x, v = put(case.x), put(case.v)
+    spikes, v_T, rate, amap, slope = cuda.forward(x, v, put(mask), p)
+    gradients = [put(g) for g in (case.g_spikes, case.g_v, case.g_rate, case.g_map)]
+    g_x, g_v0 = cuda.backward(
+        *(gradients if maps else (*gradients[:2], None, None)),
+        spikes if maps or d.reset == "hard" else None, slope, v, put(mask), p,
+    )  # fmt: skip
+    for t in (spikes, slope, g_x):
+        assert memory_order(t[0]) == memory_order(x[0])
+    assert (spikes.dtype, g_x.dtype, slope.dtype, v_T.dtype) == (dtype, dtype, torch.uint8, torch.float32)
+    spikes, v_T, slope, g_x, g_v0 = (t.cpu() for t in (spikes, v_T, slope, g_x, g_v0))
+
+    with monkeypatch.context() as patch:
+        if d.reset == "hard" and not d.detach_reset:
+            patch.setattr(dynamics, "step", attached_hard_step(kept_potentials(slope, spikes, p)))
+        oracle_x = case.x.clone().requires_grad_()
+        oracle_v = case.v.clone().requires_grad_()
+        result = dynamics.run(
+            oracle_x, oracle_v, d, KeptSlopes(slope, case.v, d, p), mask,
+            firing_rate=maps, activation_map=maps, through_trace=through_trace,
+        )  # fmt: skip
+    assert 0.03 < (spikes != 0).float().mean() < 0.97 or spikes.numel() < 200
+    assert torch.equal(spikes, result.spikes)  # -0.0 equals 0.0
+    assert torch.equal(v_T, result.v)
+    if maps:
+        torch.testing.assert_close(rate.cpu(), result.firing_rate, rtol=2e-7, atol=0)
+        torch.testing.assert_close(amap.cpu(), result.activation_map, rtol=2e-7, atol=1e-7)
+
+    outputs = [result.spikes, result.v, result.firing_rate, result.activation_map]
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o is not None]
+    expected_x, expected_v = torch.autograd.grad(
+        [o for o, _ in pairs], [oracle_x, oracle_v], [g.cpu() for _, g in pairs]
+    )
+    # Rounding grows with what is added up along the way, not with what is left of it.
+    scale = max(1.0, expected_x.float().abs().max().item())
+    torch.testing.assert_close(
+        g_x.float(), expected_x.float(), rtol=1e-5 + 2 * ROUNDING[dtype], atol=3e-6 * scale
+    )
+    torch.testing.assert_close(g_v0, expected_v, rtol=1e-5, atol=3e-6 * scale)
+
+
+# ------------------------------------------------------------------------------------ kernels = oracle
+
+
+@pytest.mark.parametrize("detach_reset", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reset", RESETS)
+def test_every_variant_equals_the_oracle(reset, shape, dtype, detach_reset, device, monkeypatch):
+    d = Dynamics(0.9, 1.2, reset, v_reset=-0.1, gain=0.8, offset=0.05, detach_reset=detach_reset)
+    case = draw(21, (2, 3, 4, 4), dtype)
+    check(case, d, shape, device, monkeypatch)
+    check(case, d, shape, device, monkeypatch, use_mask=True)
+    check(case, d, shape, device, monkeypatch, maps=True)
+    check(case, d, shape, device, monkeypatch, use_mask=True, maps=True, through_trace=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 33, 34, 36, 1025])
+def test_every_size_and_width(n, dtype, device, monkeypatch, launched):
+    width = max(w for w in cuda.widths(dtype.itemsize) if n % w == 0)
+    for T, reset in zip((1, 2, 4, 5, 16, 17, 33, 40), itertools.cycle(RESETS)):
+        d = Dynamics(reset=reset, detach_reset=False)
+        check(draw(T, (n,), dtype), d, "triangle", device, monkeypatch, use_mask=True, maps=True)
+        check(draw(T, (n,), dtype), d, "triangle", device, monkeypatch)
+    assert {plan.kernel.split(", ")[1] for plan in launched} == {str(width)}
+
+
+def _offset(t: Tensor) -> Tensor:
+    """The same numbers, one element off any alignment."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+LAYOUTS = {
+    "channels_last": lambda t: t.transpose(2, 4).contiguous().transpose(2, 4),
+    "same_every_step": lambda t: t[:1].expand(t.shape),
+    "gap_between_steps": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "unaligned": _offset,
+}
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_taken_as_they_are(layout, dtype, reset, device, monkeypatch, launched):
+    case = draw(9, (2, 3, 4, 4), dtype)
+    plain = case.g_spikes
+    case.x = LAYOUTS[layout](case.x)
+    d = Dynamics(reset=reset)
+    check(case, d, "triangle", device, monkeypatch, use_mask=True, maps=True)
+    case.g_spikes = LAYOUTS[layout](plain)
+    check(case, d, "triangle", device, monkeypatch, use_mask=True, maps=True)
+    case.g_spikes = plain[:1, :1, :1, :1, :1].expand(plain.shape)  # what .sum() sends back
+    check(case, d, "triangle", device, monkeypatch, use_mask=True, maps=True)
+    width = 1 if layout == "unaligned" else 16 // dtype.itemsize
+    assert f", {width}, " in launched[0].kernel
+
+
+def test_a_missing_gradient_is_zero(device):
+    case = draw(6, (5,), torch.float32)
+    p = parameters(Dynamics(), "triangle", firing_rate=True)
+    x, v, g_rate = (t.to(device) for t in (case.x, case.v, case.g_rate))
+    spikes, _, _, _, slope = cuda.forward(x, v, None, p)
+    sparse = cuda.backward(None, None, g_rate, None, None, slope, v, None, p)
+    zeros = torch.zeros_like(spikes), torch.zeros_like(v)
+    full = cuda.backward(*zeros, g_rate, None, spikes, slope, v, None, p)
+    assert torch.equal(sparse[0], full[0])
+    assert torch.equal(sparse[1], full[1])
+
+
+def test_a_dropped_spike_can_be_told_from_none(device):
+    case = draw(12, (40,), torch.float16)
+    case.mask[:20] = 0
+    case.mask[0] = 1e-9  # is 0 in float16
+    p = parameters(Dynamics(), "triangle", firing_rate=True)
+    x, v, mask = (t.to(device) for t in (case.x, case.v, case.mask))
+    spikes, _, rate, _, _ = cuda.forward(x, v, mask, p)
+    assert (spikes[:, :20] == 0).all()
+    fired = spikes.view(torch.int16) != 0
+    torch.testing.assert_close(fired.float().mean(0), rate)
+    assert (rate[:20] > 0).any()
+
+
+def test_without_slopes_nothing_else_changes(device, launched):
+    case = draw(7, (3, 8), torch.bfloat16)
+    p = parameters(Dynamics(), "atan", firing_rate=True, activation_map=True)
+    x, v, mask = (t.to(device) for t in (case.x, case.v, case.mask))
+    with_slope = cuda.forward(x, v, mask, p)
+    without = cuda.forward(x, v, mask, p._replace(keep_slope=False))
+    for a, b in zip(with_slope[:4], without[:4], strict=True):
+        assert torch.equal(a, b)
+    assert without[4].numel() == 0
+
+
+def test_no_neurons(device):
+    x, v = torch.zeros(3, 0, 2, device=device), torch.zeros(0, 2, device=device)
+    p = parameters(Dynamics(), "triangle", firing_rate=True)
+    spikes, v_T, rate, amap, slope = cuda.forward(x, v, None, p)
+    assert spikes.shape == slope.shape == x.shape
+    assert v_T.shape == rate.shape == v.shape
+    assert amap is None
+    g_x, g_v0 = cuda.backward(spikes, v, rate, None, spikes, slope, v, None, p)
+    assert (g_x.shape, g_v0.shape) == (x.shape, v.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reset", RESETS)
+def test_slopes_are_rounded_to_a_byte(reset, shape, device):
+    """Kept slopes are within half a 255th of their peak, so the gradients err by no more than that
+    adds up to along the steps behind: ``e[t] = leak * e[t+1] + |g[t]| * peak / 510``."""
+    d = Dynamics(0.9, 1.2, reset, v_reset=-0.1)
+    case, T = draw(15, (500,), torch.float32), 15
+    p = parameters(d, shape)
+    x = case.x.requires_grad_()
+    spikes, v, _, _, slope = cuda.forward(x.detach().to(device), case.v.to(device), None, p)
+
+    state, z = case.v, []
+    with torch.no_grad():
+        for x_t in x:  # potentials before their reset
+            o, after = dynamics.step(x_t, state, d, SURROGATES[shape])
+            z.append(p.scale * ((after if reset == "paper" else d.leak * state + x_t) - 1.2).abs())
+            state = after
+    assert (slope.cpu().float() - 255 * shape_of(p, torch.stack(z))).abs().max() < 0.501
+
+    g = [case.g_spikes.to(device), case.g_v.to(device)]
+    g_x, _ = cuda.backward(*g, None, None, spikes, slope, case.v.to(device), None, p)
+    exact = dynamics.run(x, case.v, d, SURROGATES[shape])
+    (expected,) = torch.autograd.grad(exact[:2], x, [case.g_spikes, case.g_v])
+    error = torch.zeros(500)
+    for t in reversed(range(T)):
+        error = d.leak * error + case.g_spikes[t].abs() * p.peak * 0.501 / 255
+        assert ((g_x[t].cpu() - expected[t]).abs() <= error + 1e-5).all()
+
+
+def test_a_hard_reset_needs_its_spikes(device):
+    case = draw(3, (4,), torch.float32)
+    p = parameters(Dynamics(reset="hard"), "triangle")
+    slope = torch.zeros(3, 4, dtype=torch.uint8, device=device)
+    g, v = case.g_spikes.to(device), case.v.to(device)
+    with pytest.raises(ValueError, match="spikes must be given"):
+        cuda.backward(g, None, None, None, None, slope, v, None, p)
+
+
+# ------------------------------------------------------------------------------------- device only
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_runs_in_a_cuda_graph_and_on_a_side_stream():
+    if reason := cuda.why_not(torch.device("cuda")):
+        pytest.skip(reason)
+    p = parameters(Dynamics(), "triangle", activation_map=True)
+    case = draw(9, (64,), torch.float32)
+    x, v, g_map = case.x.cuda(), case.v.cuda(), case.g_map.cuda()
+
+    def both():
+        spikes, v_T, _, amap, slope = cuda.forward(x, v, None, p)
+        return spikes, v_T, amap, *cuda.backward(spikes, v_T, None, g_map, spikes, slope, v, None, p)
+
+    expected = [t.clone() for t in both()]  # also compiles
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        outside = both()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    original, x_other = x.clone(), torch.zeros_like(x)
+    x.copy_(x_other)
+    graph.replay()
+    assert captured[0].sum() < expected[0].sum()
+    x.copy_(original)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b, c in zip(expected, outside, captured, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+# ----------------------------------------------------------------------------------------- launching
+
+
+def test_width_keeps_the_device_busy():
+    h100 = 132
+    assert cuda._width(20_000, 20_000, 4, h100, ()) == 1
+    assert cuda._width(1 << 20, 1 << 20, 4, h100, ()) == 4
+    assert cuda._width(1 << 20, 1 << 20, 2, h100, ()) == 8
+    assert cuda._width((1 << 20) + 2, 0, 2, h100, ()) == 2
+    assert cuda._width(1 << 20, (1 << 20) + 1, 4, h100, ()) == 1  # a row of x would be unaligned
+
+
+def test_launches_go_to_torchs_stream(monkeypatch):
+    calls = []
+    kernel = lambda *args, **kwargs: calls.append((args, kwargs))  # noqa: E731
+    fake = SimpleNamespace(
+        RawModule=lambda **kwargs: SimpleNamespace(
+            get_function=lambda name: calls.append((name, kwargs)) or kernel
+        )
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    cuda._compiled.cache_clear()
+    plan = cuda.Launch("lif_forward<float, 1, 0, 0, 0>", 3, np.zeros((), cuda._FORWARD))
+    try:
+        cuda._launch(plan, torch.device("cuda", 0))
+        cuda._launch(plan, torch.device("cuda", 0))
+    finally:
+        cuda._compiled.cache_clear()
+    (name, module), *launches = calls
+    assert name == plan.kernel == module["name_expressions"][0]
+    assert module["code"] == cuda.source()
+    assert len(launches) == 2  # compiled once
+    for (grid, block, args), kwargs in launches:
+        assert (grid, block, kwargs["stream"].ptr) == ((3,), (cuda.THREADS,), 7)
+        assert args[0].size == 1  # CuPy passes an array of one by value
+
+
+def test_why_not_names_the_reason(monkeypatch):
+    assert "need a CUDA tensor" in cuda.why_not(torch.zeros(2))
+    assert "on cpu" in cuda.why_not(torch.device("cpu"))
+    device = torch.device("cuda")
+    assert cuda.why_not(device) is None or "CuPy" in cuda.why_not(device)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    cuda._why_no_cupy.cache_clear()
+    try:
+        assert 'pip install "lasnn-sj[cuda1' in cuda.why_not(device)
+    finally:
+        cuda._why_no_cupy.cache_clear()
+
+
+# ----------------------------------------------------------------------------------------- compiling
+
+
+def nvrtc_libraries() -> list[Path]:
+    """NVRTC of the wheels that torch brings, and of a folder beside them for what those dropped."""
+    prefix = Path(sys.prefix)
+    folders = [*map(Path, sys.path), prefix / "nvrtc12"]
+    return [lib for folder in folders for lib in sorted(folder.glob("nvidia/*/lib/libnvrtc.so.*"))]
+
+
+class Nvrtc:
+    """As much of NVRTC as compiles one source for one architecture."""
+
+    def __init__(self, path: Path) -> None:
+        # by itself: another version of the library may be loaded already
+        self.library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        count = ctypes.c_int()
+        self.library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+        archs = (ctypes.c_int * count.value)()
+        self.library.nvrtcGetSupportedArchs(archs)
+        self.archs = list(archs)
+
+    def compile(self, source: str, kernels: list[str], arch: int) -> int:
+        """Size of the binary; a failed compilation raises with its log."""
+        lib, program = self.library, ctypes.c_void_p()
+        assert lib.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"lif.cu", 0, None, None
+        ) == 0  # fmt: skip
+        for kernel in kernels:
+            assert lib.nvrtcAddNameExpression(program, kernel.encode()) == 0
+        # as CuPy calls it
+        options = [b"--std=c++17", b"-ftz=true", b"--device-as-default-execution-space"]
+        options.append(f"-arch=sm_{arch}".encode())
+        status = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * 4)(*options))
+        size = ctypes.c_size_t()
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, log)
+        assert status == 0, log.value.decode()[:4000]
+        warnings = [line for line in log.value.decode().splitlines() if "Architectures prior" not in line]
+        assert not any("warning" in line for line in warnings), warnings
+        lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+        return size.value
+
+
+ARCHITECTURES = (70, 80, 90, 100, 120)
+
+
+def variants_for(arch: int) -> list[str]:
+    """Every 41st variant, from another one for each architecture."""
+    return cuda.kernel_names()[ARCHITECTURES.index(arch) :: 41]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_for(arch):
+    libraries = [Nvrtc(path) for path in nvrtc_libraries()]
+    if not libraries:
+        pytest.skip("no NVRTC: this torch is built without CUDA")
+    library = next((lib for lib in libraries if arch in lib.archs), None)
+    if library is None:
+        pytest.skip(
+            f"NVRTC at hand does not know sm_{arch} (CUDA 13 dropped Volta). What does: pip install "
+            f"--no-deps --target {sys.prefix}/nvrtc12 nvidia-cuda-nvrtc-cu12==12.9.86"
+        )
+    assert library.compile(cuda.source(), variants_for(arch), arch) > 10_000
+
+
+def test_the_compiled_variants_stand_for_all():
+    """Each value of each template parameter is compiled for each architecture."""
+
+    def values(names: list[str]) -> list[set[str]]:
+        return [set(column) for column in zip(*(re.split("[<>, ]+", name) for name in names))]
+
+    for arch in ARCHITECTURES:
+        assert values(variants_for(arch)) == values(cuda.kernel_names())
+
+
+def test_cupy_compiles_it():
+    """With CuPy's own options and name lookup."""
+    compiler = pytest.importorskip("cupy.cuda.compiler", reason="CuPy is not installed")
+    kernel = cuda.kernel_name("backward", torch.bfloat16, 8, 2, 1, True)
+    binary, names = compiler.compile_using_nvrtc(
+        cuda.source(), ("--std=c++17", "-ftz=true"), arch="80", name_expressions=(kernel,)
+    )
+    assert names[kernel].startswith("_Z")
+    assert len(binary) > 5_000
