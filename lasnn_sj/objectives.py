@@ -138,8 +138,8 @@ def _sparse_kd(
     _check_weights(temperature, alpha)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student and teacher must have the same classes, got logits {tuple(student_logits.shape)} of the "
-            f"student and {tuple(teacher_logits.shape)} of the teacher"
+            f"student and teacher must have the same classes, got logits {tuple(student_logits.shape)} "
+            f"of the student and {tuple(teacher_logits.shape)} of the teacher"
         )
     divergence = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
@@ -160,8 +160,8 @@ def _default_kd(
     num_classes = student_logits.shape[1]
     if not 1 / num_classes < probability <= 1:
         raise ValueError(
-            f"probability must be above 1 / K = {1 / num_classes:.4g} (and at most 1), or the virtual teacher is "
-            f"not right; got {probability}"
+            f"probability must be above 1 / K = {1 / num_classes:.4g} (and at most 1), or the virtual teacher "
+            f"is not right; got {probability}"
         )
     if soften not in ("probability", "log"):
         raise ValueError(f'soften must be "probability" or "log", got {soften!r}')

@@ -45,8 +45,8 @@ def prune_magnitude(
     masked = [name for name, module in layers.items() if _is_masked(module)]
     if masked:
         raise ValueError(
-            f"{masked[0]} has a pruning mask already; call make_permanent(model) first, the weights that are 0 "
-            f"then count among the smallest"
+            f"{masked[0]} has a pruning mask already; call make_permanent(model) first, the weights that "
+            f"are 0 then count among the smallest"
         )
     modules = list(layers.values())
     if scope == "global":

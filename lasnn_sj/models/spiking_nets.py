@@ -38,7 +38,8 @@ def _halvings(image_size: int, smallest: int) -> int:
     """How often the stem halves the image."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < smallest:
         raise ValueError(
-            f"image_size must be a whole number of pixels, at least {smallest} for this network, got {image_size!r}"
+            f"image_size must be a whole number of pixels, at least {smallest} for this network, "
+            f"got {image_size!r}"
         )
     return max(0, int(math.log2(image_size // 32))) if image_size >= 64 else 0
 
@@ -67,12 +68,9 @@ class SpikingBlock(nn.Module):
         super().__init__()
         self.conv1, self.norm1, self.neuron1 = _unit(c_in, c_out, stride)
         self.conv2, self.norm2, self.neuron2 = _unit(c_out, c_out)
-        same = c_in == c_out and stride == 1
-        self.skip = (
-            nn.Identity()
-            if same
-            else nn.Sequential(_conv(c_in, c_out, kernel=1, stride=stride), _norm(c_out))
-        )
+        self.skip: nn.Module = nn.Identity()
+        if c_in != c_out or stride != 1:
+            self.skip = nn.Sequential(_conv(c_in, c_out, kernel=1, stride=stride), _norm(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes ``[T, N, C_in, H, W]`` to spikes ``[T, N, C_out, H / stride, W / stride]``."""
