@@ -160,8 +160,8 @@ def _default_kd(
     num_classes = student_logits.shape[1]
     if not 1 / num_classes < probability <= 1:
         raise ValueError(
-            f"probability must be above 1 / K = {1 / num_classes:.4g} (and at most 1), or the virtual teacher "
-            f"is not right; got {probability}"
+            f"probability must be above 1 / K = {1 / num_classes:.4g} (and at most 1), or the virtual "
+            f"teacher is not right; got {probability}"
         )
     if soften not in ("probability", "log"):
         raise ValueError(f'soften must be "probability" or "log", got {soften!r}')
