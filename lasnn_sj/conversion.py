@@ -17,8 +17,8 @@ from .models.layers import Conv2d
 from .models.resnet import Block
 from .neurons import IntegratorNode, LIFNode, TimeLoopNode
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d)
 
 
 class ConversionError(ValueError):
@@ -41,12 +41,16 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
         network that has no ``readout`` of its own is wrapped as ``nn.Sequential(network, integrator)``.
 
     Raises:
-        ConversionError: a bias, batch norm, max pooling, another nonlinearity, or no ReLU at all.
+        ConversionError: a bias, batch norm, max pooling, another nonlinearity, a ReLU module in two places,
+            a layer without multi-step form, or no ReLU at all.
     """
     _check(ann)
     body = copy.deepcopy(ann)
-    for name, module in list(body.named_modules()):
-        new = _spiking_form(module, leak)
+    forms: dict[nn.Module, nn.Module | None] = {}
+    for name, module in list(body.named_modules(remove_duplicate=False)):
+        if module not in forms:  # a pool that stands in two places stays one module
+            forms[module] = _spiking_form(module, leak)
+        new = forms[module]
         if new is None:
             continue
         if not name:
@@ -66,8 +70,8 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
 
 
 def _check(ann: nn.Module) -> None:
-    relus = 0
-    for name, module in ann.named_modules():
+    relus: dict[nn.Module, str] = {}
+    for name, module in ann.named_modules(remove_duplicate=False):
         where = f"layer '{name}' ({type(module).__name__})"
         if isinstance(module, _NORMS):
             raise ConversionError(
@@ -84,11 +88,20 @@ def _check(ann: nn.Module) -> None:
                 f"{where} has a bias, which threshold balancing cannot scale: train the ANN with bias=False"
             )
         if isinstance(module, nn.ReLU):
-            relus += 1
+            if module in relus:
+                raise ConversionError(
+                    f"{where} is the same module as layer '{relus[module]}': a neuron keeps the state of one "
+                    f"layer, so give each place an nn.ReLU of its own"
+                )
+            relus[module] = name
         elif type(module).__module__ == "torch.nn.modules.activation":
             raise ConversionError(f"{where} cannot be a spiking neuron: train the ANN with nn.ReLU")
         elif isinstance(module, base.MemoryModule) and not isinstance(module, layer.Dropout):
             raise ConversionError(f"{where} is a spiking layer already: convert takes an ANN")
+        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not (
+            type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, base.StepModule)
+        ):
+            raise ConversionError(f"{where} has no multi-step form: use nn.Conv2d and nn.Linear themselves")
     if not relus:
         raise ConversionError(
             f"{type(ann).__name__} has no nn.ReLU module to turn into neurons; a functional F.relu cannot "
@@ -139,7 +152,7 @@ def balance_thresholds(
     statistic: Literal["max"] | float = "max",
     scale: float = 1.0,
     stem_only: bool = False,
-    chunk: int = 16,
+    chunk: int = 4,
     progress: bool = False,
 ) -> dict[str, float]:
     """Set every neuron's threshold by balancing in the spiking domain (LaSNN, Section III-D).
@@ -197,6 +210,7 @@ def balance_thresholds(
             for name, node in bar:
                 if stem_only and name in inside:
                     node.v_threshold = 1.0
+                    inside[name].skip_scale.fill_(1.0)
                     continue
                 peak = _largest_input(snn, node, images, encoder, chunk, reduce)
                 if not (math.isfinite(peak) and peak > 0):
@@ -249,7 +263,7 @@ def _nodes_in_order(snn: nn.Module, x: Tensor) -> dict[str, TimeLoopNode]:
         def hook(module, args, output):
             if name in order:
                 raise ValueError(
-                    f"neuron '{name}' runs more than once in a forward pass; give each use a module of its own"
+                    f"neuron '{name}' runs more than once in a forward pass; give each use its own module"
                 )
             order[name] = module
 
