@@ -49,16 +49,20 @@ def prune_magnitude(
             f"are 0 then count among the smallest"
         )
     modules = list(layers.values())
-    if scope == "global":
-        total = sum(module.weight.numel() for module in modules)
-        pairs = [(module, "weight") for module in modules]
-        prune.global_unstructured(pairs, prune.L1Unstructured, amount=round(ratio * total))
-    else:
-        for module in modules:
-            prune.l1_unstructured(module, "weight", amount=round(ratio * module.weight.numel()))
+    for group in [modules] if scope == "global" else [[module] for module in modules]:
+        _mask_smallest(group, ratio)
     for module in modules:
         module.weight = module.weight.detach()  # made anew in every forward; with a graph deepcopy would fail
     return model
+
+
+def _mask_smallest(modules: list[nn.Module], ratio: float) -> None:
+    # prune.global_unstructured would do, but raises on weights in channels_last
+    magnitudes = torch.cat([module.weight.detach().abs().flatten() for module in modules])
+    smallest = magnitudes.topk(round(ratio * len(magnitudes)), largest=False).indices
+    masks = torch.ones_like(magnitudes).index_fill_(0, smallest, 0.0)
+    for module, mask in zip(modules, masks.split([module.weight.numel() for module in modules])):
+        prune.custom_from_mask(module, "weight", mask.view(module.weight.shape))
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
