@@ -87,7 +87,9 @@ class ImageData:
         return replace(self, **parts)
 
 
-def load(source: str | Path, root: str | Path = "data", augment: bool = True, download: bool = True) -> ImageData:
+def load(
+    source: str | Path, root: str | Path = "data", augment: bool = True, download: bool = True
+) -> ImageData:
     """Load a data set by name or file.
 
     Args:
@@ -110,7 +112,9 @@ def load(source: str | Path, root: str | Path = "data", augment: bool = True, do
         return _tiny_imagenet(Path(root) / "tiny-imagenet-200", augment)
     if Path(source).suffix == ".npz":
         return _npz(Path(source), augment)
-    raise ValueError(f"source must be one of {', '.join(NAMES)} or a file that ends in .npz, got {str(source)!r}")
+    raise ValueError(
+        f"source must be one of {', '.join(NAMES)} or a file that ends in .npz, got {str(source)!r}"
+    )
 
 
 def transforms(image_size: int, augment: bool) -> v2.Transform:
@@ -149,20 +153,22 @@ def _npz(path: Path, augment: bool) -> ImageData:
         raise FileNotFoundError(f"{path} is not there; it must hold the arrays {', '.join(_KEYS)}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in _KEYS if key not in file.files]
-            if missing:
-                raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(file.files)}")
-            arrays = [file[key] for key in _KEYS]
-    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            found = file.files
+            arrays = [file[key] for key in _KEYS if key in found]
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as an .npz file ({error})") from error
+    if len(arrays) < len(_KEYS):
+        missing = [key for key in _KEYS if key not in found]
+        raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(found)}")
     for role in (0, 2):
         images, labels = arrays[role], arrays[role + 1]
         if images.ndim == 3:
             images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
+        square = images.ndim == 4 and images.shape[1] == images.shape[2]
+        if images.dtype != np.uint8 or not square or not images.size:
             raise ValueError(
-                f"{path}: {_KEYS[role]} must be uint8 square images [n, H, H] or [n, H, H, C], got "
-                f"{images.dtype} {arrays[role].shape}"
+                f"{path}: {_KEYS[role]} must be uint8 square images [n, H, H] or [n, H, H, C], at least one, "
+                f"got {images.dtype} {arrays[role].shape}"
             )
         labels = labels.reshape(-1)
         if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
@@ -171,6 +177,11 @@ def _npz(path: Path, augment: bool) -> ImageData:
                 f"{labels.dtype} {arrays[role + 1].shape}"
             )
         arrays[role], arrays[role + 1] = images, labels
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise ValueError(
+            f"{path}: x_train and x_test must hold images of one shape [H, H, C], got "
+            f"{arrays[0].shape[1:]} and {arrays[2].shape[1:]}"
+        )
     return _from_arrays(path.stem, arrays, augment, STATISTICS.get(path.stem))
 
 
@@ -189,7 +200,7 @@ def _from_arrays(
         name=name,
         train=Images(x_train, y_train, transforms(size, augment)),
         test=Images(x_test, y_test, transforms(size, False)),
-        num_classes=int(y_train.max()) + 1,
+        num_classes=int(max(y_train.max(), y_test.max())) + 1,
         in_channels=x_train.shape[-1],
         image_size=size,
         mean=statistics[0],
@@ -220,9 +231,12 @@ def _tiny_imagenet(folder: Path, augment: bool) -> ImageData:
             f"{folder} is not an unpacked tiny-imagenet-200 (it needs train/ and val/val_annotations.txt); "
             f"get tiny-imagenet-200.zip from cs231n.stanford.edu and unpack it there"
         )
-    classes = {path.name: i for i, path in enumerate(sorted((folder / "train").iterdir())) if path.is_dir()}
+    folders = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    classes = {name: i for i, name in enumerate(folders)}
     train = [
-        (path, label) for wnid, label in classes.items() for path in sorted((folder / "train" / wnid).rglob("*.JPEG"))
+        (path, label)
+        for wnid, label in classes.items()
+        for path in sorted((folder / "train" / wnid).rglob("*.JPEG"))
     ]
     lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
     test = []
