@@ -23,7 +23,7 @@ class _StockNode(TimeLoopNode):
     set_extra_state = nn.Module.set_extra_state
 
     def extra_repr(self) -> str:
-        return neuron.BaseNode.extra_repr(self)
+        return super(TimeLoopNode, self).extra_repr()  # the stock node's own
 
     def _dynamics(self, gain: float, offset: float) -> Dynamics:
         hard = self.v_reset is not None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernels import NONE, backward_range, distances, forward_range, slope_bytes
+from .cpu_kernels import NONE, backward_range, decoded, forward_range, slope_bytes
 from .dynamics import LoopParameters
 from .layout import empty_sequence
 from .memory import advise_huge_pages
@@ -63,6 +63,12 @@ def _row_step(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
+def _code(p: LoopParameters) -> int:
+    """How :func:`slope_bytes` writes a step down."""
+    needs_distance = p.reset == 2 and not p.detach_reset and p.shape > 0
+    return p.shape + 2 if needs_distance else p.shape
+
+
 def forward(
     x: Tensor, v: Tensor, mask: Tensor | None, p: LoopParameters
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -96,7 +102,7 @@ def forward(
         _memory(slope), T, n,
     )  # fmt: skip
     numbers = map(np.float32, (p.leak, p.gain, p.offset, p.v_threshold, p.v_reset))
-    scalars = (p.reset, *numbers, p.shape, np.float32(p.scale))
+    scalars = (p.reset, *numbers, _code(p), np.float32(p.scale))
     if any(_spread(lambda *part: forward_range(*arrays, *part, *scalars), n, T)):
         raise ValueError("x (or the state v) holds NaN or infinity: the potential ends without a value")
     return spikes, v_T, rate, amap, slope
@@ -145,6 +151,6 @@ def backward(
     )  # fmt: skip
     back = p.v_reset - p.v_threshold
     numbers = map(np.float32, (p.leak, p.gain, attached, p.peak / 255, back))
-    scalars = (p.reset, *numbers, distances(p.shape, p.scale), p.through_trace)
+    scalars = (p.reset, *numbers, decoded(_code(p), p.scale), p.through_trace)
     _spread(lambda *part: backward_range(*arrays, *part, *scalars), n, T)
     return g_x, g_v0

@@ -23,8 +23,10 @@ FOUR, EIGHT, EIGHTH = np.float32(4), np.float32(8), np.float32(0.125)
 DECAY = np.float32(TRACE_DECAY)
 DROPPED = np.float32(-0.0)
 NONE = np.empty(0, np.float32)
-# exp(-y) on [0, 1], relative error 5e-6
+# exp(-y) and, in powers of t^2, (4 / pi) * atan(t) / t on [0, 1]: relative errors 5e-6 and 2e-4
 E1, E2, E3, E4, E5 = np.array([-0.99999815, 0.49990605, -0.16589675, 0.03942258, -0.00555601], "f4")
+A0, A1, A2, A3 = np.array([1.27296395, -0.41473753, 0.19784118, -0.05627495], "f4")
+FAR = np.float32(1e6)
 
 # No fastmath: spikes must be those of the oracle bit for bit, so nothing may be reordered or fused.
 OPTIONS = {"nogil": True, "error_model": "numpy"}
@@ -66,26 +68,64 @@ def charge_and_fire(x, v, spikes, distance, reset, leak, gain, offset, theta, v_
 
 
 @compiled
-def slope_bytes(distance, slope, shape, scale):
-    """The surrogate's slope in 1/255 of its peak, rounded."""
-    if shape == 0:
+def exp_minus(z):
+    """``exp(-z)`` for ``0 <= z <= 8``, as the 8th power of a polynomial; a call of exp would keep the
+    loop around it from being vectorised."""
+    y = min(z, EIGHT) * EIGHTH
+    e = ONE + y * (E1 + y * (E2 + y * (E3 + y * (E4 + y * E5))))
+    e = e * e
+    e = e * e
+    return e * e
+
+
+@compiled
+def angle_byte(t):
+    """``255 * (1 - phi / (pi/2))``, rounded, for the angle ``phi = 2 * atan(t)``, ``0 <= t <= 1``."""
+    w = t * t
+    return np.uint8(np.int32(BYTE - BYTE * t * (A0 + w * (A1 + w * (A2 + w * A3))) + HALF))
+
+
+@compiled
+def slope_bytes(distance, slope, code, scale):
+    """What is kept of each step: one byte that says how far the potential was from the threshold.
+
+    Codes 0 to 2 are the surrogate's slope (triangle, atan, sigmoid) in 1/255 of its peak, rounded.
+    An attached hard reset needs the distance as well, which the slope hardly tells near its top. So
+    codes 3 and 4 (atan, sigmoid) are an angle ``phi``, 255 at 0 and 0 at ``pi/2``, of which slope and
+    distance are smooth functions: the slope is ``cos(phi)^2`` of its peak.
+    """
+    if code == 0:
         for i in range(distance.size):
             s = max(ZERO, ONE - scale * distance[i])
             slope[i] = np.uint8(np.int32(BYTE * s + HALF))
-    elif shape == 1:
+    elif code == 1:
         for i in range(distance.size):
             z = scale * distance[i]
             slope[i] = np.uint8(np.int32(BYTE / (ONE + z * z) + HALF))
+    elif code == 2:
+        for i in range(distance.size):
+            e = exp_minus(scale * distance[i])  # beyond z = 8 the byte is 0
+            slope[i] = np.uint8(np.int32(BYTE * FOUR * e / ((ONE + e) * (ONE + e)) + HALF))
+    elif code == 3:
+        for i in range(distance.size):
+            z = min(scale * distance[i], FAR)  # so that its square is finite; the byte is 0 there
+            slope[i] = angle_byte(z / (ONE + np.sqrt(ONE + z * z)))
     else:
         for i in range(distance.size):
-            # exp(-z) as the 8th power of exp(-z/8); beyond z = 8 the byte is 0 anyway. A call of
-            # exp would keep this loop from being vectorised.
-            y = min(scale * distance[i], EIGHT) * EIGHTH
-            e = ONE + y * (E1 + y * (E2 + y * (E3 + y * (E4 + y * E5))))
-            e = e * e
-            e = e * e
-            e = e * e
-            slope[i] = np.uint8(np.int32(BYTE * FOUR * e / ((ONE + e) * (ONE + e)) + HALF))
+            e = exp_minus(HALF * scale * distance[i])  # tanh(z / 4) = (1 - e) / (1 + e)
+            slope[i] = angle_byte((ONE - e) / (ONE + e))
+
+
+@lru_cache
+def decoded(code: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Slope (in 1/255 of its peak) and ``|v - v_threshold|`` for each byte of an attached hard reset."""
+    byte = np.arange(256.0)
+    if code == 0:
+        return byte.astype(np.float32), ((1 - byte / 255) / scale).astype(np.float32)
+    phi = np.pi / 2 * (1 - np.maximum(byte, 0.25) / 255)  # the distance of byte 0 has no upper end
+    slope = np.where(byte > 0, 255 * np.cos(phi) ** 2, 0)
+    z = np.tan(phi) if code == 3 else 4 * np.arctanh(np.tan(phi / 2))
+    return slope.astype(np.float32), (z / scale).astype(np.float32)
 
 
 @compiled
@@ -114,7 +154,7 @@ def drop(spikes, mask):
 @compiled
 def forward_range(
     x, x_step, v, mask, spikes, v_T, rate, amap, slope, T, n, start, stop,
-    block, reset, leak, gain, offset, theta, v_reset, shape, scale,
+    block, reset, leak, gain, offset, theta, v_reset, code, scale,
 ):  # fmt: skip
     """Neurons ``start`` to ``stop`` over all steps; returns how many end with a state not finite.
 
@@ -142,7 +182,7 @@ def forward_range(
                 reset, leak, gain, offset, theta, v_reset,
             )  # fmt: skip
             if slope.size:
-                slope_bytes(distance[:m], slope[t * n + a : t * n + b], shape, scale)
+                slope_bytes(distance[:m], slope[t * n + a : t * n + b], code, scale)
             if rate.size or amap.size:
                 add_to_maps(row, total[:m], mapped[:m], trace[:m], rate.size > 0, amap.size > 0)
             if mask.size:
@@ -191,35 +231,39 @@ def traces_before(bits, window, n, a, b, t0, t1):
 
 @compiled
 def adjoint(
-    go, slope, bits, gv, g_x, hard, carry, reset_gain, peak, gain, back, distance, away
+    go, code, bits, gv, g_x, hard, carry, reset_gain, peak, gain, back, tables, away, slope
 ):  # fmt: skip
     """One step backwards: ``gv``, the gradient of the potential, of this step in place of the next.
 
     ``carry`` is what of the later gradient reaches the state handed on, ``reset_gain`` what of it
     reaches the spike through the reset (0 where the reset is detached). The ``v_reset - v`` of a hard
-    reset is found from the slope, which is even in ``v - v_threshold``, and the spike, which is its
+    reset is found from the byte, which is even in ``v - v_threshold``, and the spike, which is its
     sign; ``back`` is ``v_reset - v_threshold``.
     """
     if not hard:
         for i in range(go.size):
-            gv[i] = carry * gv[i] + (go[i] - reset_gain * gv[i]) * (peak * np.float32(slope[i]))
+            gv[i] = carry * gv[i] + (go[i] - reset_gain * gv[i]) * (peak * np.float32(code[i]))
             g_x[i] = gain * gv[i]
         return
-    if reset_gain != ZERO:
+    if reset_gain == ZERO:
+        for i in range(go.size):
+            slope[i] = np.float32(code[i])
+    else:
         for i in range(go.size):  # alone in its loop: a table look-up is not vectorised
-            away[i] = distance[slope[i]]
+            slope[i] = tables[0][code[i]]
+            away[i] = tables[1][code[i]]
     for i in range(go.size):
         o = ONE if bits[i] != 0 else ZERO
         handed = carry * gv[i]
         jump = reset_gain * (back + (ONE - o - o) * away[i])
-        gv[i] = (ONE - o) * handed + (go[i] + jump * handed) * (peak * np.float32(slope[i]))
+        gv[i] = (ONE - o) * handed + (go[i] + jump * handed) * (peak * slope[i])
         g_x[i] = gain * gv[i]
 
 
 @compiled
 def backward_range(
     g_spikes, g_step, g_v, g_rate, g_map, bits, slope, slope0, mask, g_x, g_v0, T, n, start, stop,
-    block, reset, leak, gain, attached_theta, peak, back, distance, through_trace,
+    block, reset, leak, gain, attached_theta, peak, back, tables, through_trace,
 ):  # fmt: skip
     """Adjoint of :func:`forward_range`; ``bits`` are the spikes as integers, not 0 where one fired."""
     gv = np.empty(block, np.float32)
@@ -228,6 +272,7 @@ def backward_range(
     R = np.zeros(block, np.float32)
     out = np.empty(block, np.float32)
     away = np.zeros(block, np.float32)
+    decoded_slope = np.empty(block, np.float32)
     window = np.empty((WINDOW if g_map.size else 1, block), np.float32)
     per_step = ONE / np.float32(T)
     direct = g_spikes.size and not (mask.size or g_rate.size or g_map.size)
@@ -278,7 +323,7 @@ def backward_range(
                 go, slope[row + a : row + b],
                 bits[row + a : row + b] if bits.size else bits,
                 gv[:m], g_x[row + a : row + b], reset == 2, carry, reset_gain, peak, gain,
-                back, distance, away[:m],
+                back, tables, away[:m], decoded_slope[:m],
             )  # fmt: skip
         if slope0.size:
             for i in range(m):
@@ -286,16 +331,3 @@ def backward_range(
         else:
             for i in range(m):
                 g_v0[a + i] = leak * gv[i]
-
-
-@lru_cache
-def distances(shape: int, scale: float) -> np.ndarray:
-    """``|v - v_threshold|`` for each slope byte: the inverse of :func:`slope_bytes`."""
-    s = np.maximum(np.arange(256), 0.5) / 255  # at byte 0 it is only ever multiplied by 0
-    if shape == 0:
-        z = 1 - s
-    elif shape == 1:
-        z = np.sqrt(1 / s - 1)
-    else:  # 4 e / (1 + e)^2 = s
-        z = -np.log((2 - s - 2 * np.sqrt(1 - s)) / s)
-    return (z / scale).astype(np.float32)

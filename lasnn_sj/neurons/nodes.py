@@ -50,10 +50,14 @@ class TimeLoopNode(neuron.BaseNode):
         step_mode: str,
         store_v_seq: bool,
     ) -> None:
+        if surrogate_function is None:
+            surrogate_function = LinearSurrogate()
+        if not callable(surrogate_function):
+            raise TypeError(f"surrogate_function must be a surrogate module, got {surrogate_function!r}")
         super().__init__(
             v_threshold=float(v_threshold),
             v_reset=None if v_reset is None else float(v_reset),
-            surrogate_function=LinearSurrogate() if surrogate_function is None else surrogate_function,
+            surrogate_function=surrogate_function,
             detach_reset=bool(detach_reset),
             step_mode=step_mode,
             store_v_seq=store_v_seq,
