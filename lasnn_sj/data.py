@@ -86,6 +86,23 @@ class ImageData:
             parts[role] = torch.utils.data.Subset(images, range(count))
         return replace(self, **parts)
 
+    def first_classes(self, count: int, per_class: int | None = None) -> ImageData:
+        """Only the first ``count`` classes, each with its first ``per_class`` training images (or all)."""
+        if not 2 <= count <= self.num_classes:
+            raise ValueError(
+                f"count must be from 2 to the {self.num_classes} classes of {self.name}, got {count}"
+            )
+        parts = {}
+        for role, most in (("train", per_class), ("test", None)):
+            labels = getattr(getattr(self, role), "labels", None)
+            if labels is None:
+                raise ValueError(
+                    f"first_classes needs whole data held in memory, {self.name}'s {role} is not"
+                )
+            chosen = [torch.nonzero(labels == label).flatten()[:most] for label in range(count)]
+            parts[role] = torch.utils.data.Subset(getattr(self, role), torch.cat(chosen).tolist())
+        return replace(self, num_classes=count, **parts)
+
 
 def load(
     source: str | Path, root: str | Path = "data", augment: bool = True, download: bool = True
