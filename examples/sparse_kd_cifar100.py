@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch.utils.data import Subset
 
 from lasnn_sj import DirectEncoder, data
 from lasnn_sj.reverse import Recipe, Study, table, write_csv
@@ -55,23 +54,13 @@ PAPER = Run(Recipe())
 LAPTOP = Run(Recipe(width=0.125, epochs=6, batch=64), classes=10, per_class=500, shrink=2)
 
 
-def images(run: Run) -> data.ImageData:
-    """The classes and images that the run asks for."""
-    full = data.load(run.source, run.root)
-    parts = {}
-    for role, count in (("train", run.per_class), ("test", None)):
-        labels = getattr(full, role).labels
-        chosen = [torch.nonzero(labels == label).flatten()[:count] for label in range(run.classes)]
-        parts[role] = Subset(getattr(full, role), torch.cat(chosen).tolist())
-    return dataclasses.replace(
-        full, num_classes=run.classes, image_size=full.image_size // run.shrink, **parts
-    )
-
-
 def main(run: Run) -> None:
     """Run the rows for every seed, print and write the table after each."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    subset = images(run)
+    full = data.load(run.source, run.root)
+    subset = dataclasses.replace(
+        full.first_classes(run.classes, run.per_class), image_size=full.image_size // run.shrink
+    )
     encoder = torch.nn.Sequential(torch.nn.AvgPool2d(run.shrink), DirectEncoder(run.T))
     results = {}
     for seed in run.seeds:

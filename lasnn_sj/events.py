@@ -1,0 +1,437 @@
+"""Event recordings as frames ``[T, 2, H, W]``: read by Tonic, cached on disk, augmented. Needs ``tonic``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+log = logging.getLogger(__name__)
+
+NAMES = ("dvs-gesture", "n-mnist", "cifar10-dvs")
+# What a mirror makes of a label: the other hand, and the other sense of rotation. Digits have no mirror.
+FLIPS: dict[str, dict[int, int] | None] = {
+    "dvs-gesture": {1: 2, 2: 1, 3: 6, 6: 3, 4: 5, 5: 4},
+    "n-mnist": None,
+    "cifar10-dvs": {},
+}
+_FORMAT = 1  # of cached files; to be raised when the same settings give other frames
+
+
+class RecordingError(ValueError):
+    """An event recording that cannot be used; the message names its file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a recording becomes frames.
+
+    Attributes:
+        T: frames, the network's time steps.
+        by: ``"count"`` for frames with equally many events (to one), ``"time"`` for equally long ones.
+        denoise_us: drop an event without another one at a neighbouring pixel in the microseconds before it
+            (Tonic's ``Denoise``); ``None`` keeps all.
+        shrink: sum squares of so many pixels into one.
+    """
+
+    T: int = 16
+    by: Literal["count", "time"] = "count"
+    denoise_us: float | None = None
+    shrink: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("T", "shrink"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if self.by not in ("count", "time"):
+            raise ValueError(f'by must be "count" or "time", got {self.by!r}')
+        if self.denoise_us is not None and not self.denoise_us > 0:
+            raise ValueError(f"denoise_us must be above 0 microseconds, or None, got {self.denoise_us!r}")
+
+
+def to_frames(events: np.ndarray, sensor_size: tuple[int, int], framing: Framing) -> np.ndarray:
+    """Count a recording's events in frames; every event is in one frame.
+
+    Tonic's ``ToFrame`` gives the same where the number of events is a multiple of ``T``, and else drops
+    the rest.
+
+    Args:
+        events: structured array with the fields ``t`` (microseconds, in order), ``x``, ``y`` and ``p``.
+        sensor_size: width and height in pixels.
+        framing: its ``denoise_us`` is not used here.
+
+    Returns:
+        Counts ``[T, 2, H, W]``, int64; the second axis is the polarity.
+    """
+    T, n = framing.T, len(events)
+    width, height = (-(-side // framing.shrink) for side in sensor_size)
+    if framing.by == "count":
+        step = np.arange(n) * T // max(n, 1)
+    else:
+        t = events["t"].astype(np.int64)
+        t -= t[:1]
+        step = t * T // (t.max(initial=0) + 1)
+    x, y, p = (events[name].astype(np.int64) for name in ("x", "y", "p"))
+    pixel = ((step * 2 + p) * height + y // framing.shrink) * width + x // framing.shrink
+    return np.bincount(pixel, minlength=T * 2 * height * width).reshape(T, 2, height, width)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random flip, shift and cutout, the same for all frames of a recording.
+
+    Args:
+        flip: labels that a mirror image changes, others keep theirs; ``None`` never flips.
+        shift: greatest shift in pixels, either way in both directions; what comes in is empty.
+        cutout: side of an empty square somewhere; 0 for none.
+    """
+
+    flip: Mapping[int, int] | None = None
+    shift: int = 0
+    cutout: int = 0
+
+    def __call__(self, frames: Tensor, label: int) -> tuple[Tensor, int]:
+        """Frames ``[T, 2, H, W]`` and label, both changed together."""
+        # torch's generator throughout: loader workers are given different seeds of it
+        if self.flip is not None and bool(torch.rand(()) < 0.5):
+            frames, label = frames.flip(-1), self.flip.get(label, label)
+        if self.shift:
+            for dim in (-2, -1):
+                frames = _shift(frames, int(torch.randint(-self.shift, self.shift + 1, ())), dim)
+        if self.cutout:
+            rows, columns = (_window(side, self.cutout) for side in frames.shape[-2:])
+            frames = frames.clone()
+            frames[..., rows, columns] = 0
+        return frames, label
+
+
+def _shift(frames: Tensor, by: int, dim: int) -> Tensor:
+    if by == 0:
+        return frames
+    moved, size = torch.zeros_like(frames), frames.shape[dim]
+    moved.narrow(dim, max(by, 0), size - abs(by)).copy_(frames.narrow(dim, max(-by, 0), size - abs(by)))
+    return moved
+
+
+def _window(side: int, length: int) -> slice:
+    start = int(torch.randint(0, max(side - length, 0) + 1, ()))
+    return slice(start, start + length)
+
+
+class EventFrames(Dataset):
+    """Frames of a Tonic data set's recordings, made once and then read from disk.
+
+    A cached file is named after everything that made it: data set, Tonic's version, the framing, and the
+    recording's path, size and time of change. (Tonic's ``DiskCachedDataset`` knows a recording by its number
+    alone, and writes in place.) A file that is damaged is reported and made anew.
+
+    Args:
+        recordings: Tonic data set, with ``data`` (paths), ``targets`` and ``sensor_size``.
+        indices: of the recordings to use, in this order.
+        name: of the data set.
+        framing: how frames are made.
+        cache: folder of the cached frames; ``None`` makes them at every access.
+        augment: applied to what was cached.
+
+    Items are ``(frames [T, 2, H, W] float32 event counts, label)``.
+    """
+
+    def __init__(
+        self,
+        recordings: Dataset,
+        indices: Sequence[int],
+        name: str,
+        framing: Framing,
+        cache: str | Path | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        self.recordings, self.indices, self.name = recordings, list(indices), name
+        self.framing, self.augment = framing, augment
+        self.cache = None if cache is None else Path(cache)
+        self._root = Path(recordings.location_on_system)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        """One recording's frames and label.
+
+        Raises:
+            RecordingError: the recording cannot be read, is empty, or has events off the sensor.
+        """
+        index = self.indices[item]
+        label = int(self.recordings.targets[index])
+        frames = torch.from_numpy(self.counts(item)).float()
+        return (frames, label) if self.augment is None else self.augment(frames, label)
+
+    def counts(self, item: int) -> np.ndarray:
+        """One recording's frames without augmentation, ``[T, 2, H, W]`` whole numbers."""
+        index = self.indices[item]
+        if self.cache is None:
+            return self._make(index)
+        made_from = self._made_from(index)
+        path = self.cache / f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.npz"
+        if path.exists():
+            try:
+                return self._read_cached(path, made_from)
+            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                log.warning("cached frames %s are damaged (%s) and made anew", path, error)
+        frames = self._make(index)
+        small = frames.astype(np.min_scalar_type(int(frames.max())))
+        self._write_cached(path, small, made_from)
+        return small
+
+    def _made_from(self, index: int) -> str:
+        import tonic
+
+        path = Path(self.recordings.data[index])
+        file = path.stat()
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "data": self.name,
+                "tonic": tonic.__version__,
+                "sensor": [int(side) for side in self.recordings.sensor_size],
+                "recording": path.relative_to(self._root).as_posix(),
+                "bytes": file.st_size,
+                "changed_ns": file.st_mtime_ns,
+            }
+            | asdict(self.framing),
+            sort_keys=True,
+        )
+
+    def _read_cached(self, path: Path, made_from: str) -> np.ndarray:
+        with np.load(path, allow_pickle=False) as file:  # checks each array's CRC
+            if str(file["made_from"]) != made_from:
+                raise ValueError(f"made from {file['made_from']}")
+            return file["frames"]
+
+    def _write_cached(self, path: Path, frames: np.ndarray, made_from: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # under a name of its own first: another process may be at the same recording
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as part:
+            try:
+                np.savez_compressed(part, frames=frames, made_from=np.array(made_from))
+                part.close()
+                os.replace(part.name, path)
+            except BaseException:
+                part.close()
+                Path(part.name).unlink(missing_ok=True)
+                raise
+
+    def _make(self, index: int) -> np.ndarray:
+        events = self._events(index)
+        return to_frames(events, self.recordings.sensor_size[:2], self.framing)
+
+    def _events(self, index: int) -> np.ndarray:
+        path = self.recordings.data[index]
+        try:
+            events, _ = self.recordings[index]
+        except Exception as error:  # each format's reader raises its own kinds
+            raise RecordingError(
+                f"recording {path} cannot be read ({type(error).__name__}: {error}); unpack it again from "
+                f"the data set's archive"
+            ) from error
+        self._check(events, path)
+        if bool((np.diff(events["t"].astype(np.int64)) < 0).any()):
+            events = events[np.argsort(events["t"], kind="stable")]
+        if self.framing.denoise_us is not None:
+            from tonic.transforms import Denoise
+
+            events = Denoise(filter_time=self.framing.denoise_us)(events)
+            if len(events) == 0:
+                raise RecordingError(
+                    f"recording {path} has no events left after denoise_us={self.framing.denoise_us}; "
+                    f"a larger value drops fewer"
+                )
+        return events
+
+    def _check(self, events: np.ndarray, path: str) -> None:
+        if len(events) == 0:
+            raise RecordingError(f"recording {path} has no events; remove it or unpack it again")
+        width, height, polarities = self.recordings.sensor_size
+        for name, size in (("x", width), ("y", height), ("p", polarities)):
+            low, high = int(events[name].min()), int(events[name].max())
+            if low < 0 or high >= size:
+                raise RecordingError(
+                    f"recording {path} has events with {name} from {low} to {high}, off the sensor's "
+                    f"0 to {size - 1}; remove it or unpack it again"
+                )
+
+
+def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """A batch ``(frames [T, N, 2, H, W], labels [N])`` of samples ``([T, 2, H, W], label)``."""
+    frames, labels = zip(*samples)
+    return torch.stack(frames, dim=1), torch.tensor(labels)
+
+
+@dataclass(frozen=True)
+class EventData:
+    """A data set's training and test recordings, and what networks for it have to know.
+
+    Attributes:
+        name: of the data set.
+        train, test: give ``(frames [T, 2, H, W], label)``; ``train`` is augmented.
+        classes: names by label.
+        image_size: side of the square frames.
+        in_channels: 2, the polarities.
+    """
+
+    name: str
+    train: EventFrames
+    test: EventFrames
+    classes: tuple[str, ...]
+    image_size: int
+    in_channels: int = 2
+
+    @property
+    def num_classes(self) -> int:
+        """``K``."""
+        return len(self.classes)
+
+    def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]:
+        """Shuffled training and test batches ``[T, N, 2, H, W]``; ``seed`` fixes the order of the former."""
+        shared = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "collate_fn": collate}
+        generator = torch.Generator().manual_seed(seed)
+        train = DataLoader(self.train, batch_size, shuffle=True, generator=generator, **shared)
+        return train, DataLoader(self.test, batch_size, **shared)
+
+
+def load(
+    name: Literal["dvs-gesture", "n-mnist", "cifar10-dvs"],
+    root: str | Path = "data",
+    framing: Framing | None = None,
+    augment: bool = True,
+    cache: str | Path | None = None,
+) -> EventData:
+    """Load a data set of event recordings through Tonic, which downloads it where it is not under ``root``.
+
+    DVS-Gesture and N-MNIST come with a test set; of CIFAR10-DVS each class' last tenth is the test set.
+
+    Args:
+        name: ``"dvs-gesture"``, ``"n-mnist"`` or ``"cifar10-dvs"``.
+        root: folder as Tonic's ``save_to``, with ``DVSGesture/``, ``NMNIST/`` or ``CIFAR10DVS/`` in it.
+        framing: 16 frames of equal event count if not given.
+        augment: flip with the labels it changes, shift by up to a sixteenth and cut out an eighth of the
+            side, in training.
+        cache: folder of the cached frames, ``root/frames`` if not given.
+
+    Raises:
+        ImportError: Tonic is not installed.
+        ValueError: an unknown name.
+        FileNotFoundError: the data set is not there and cannot be downloaded.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    framing = framing or Framing()
+    sets, kind = _tonic_sets(name, Path(root))
+    size = -(-kind.sensor_size[0] // framing.shrink)
+    change = Augment(FLIPS[name], shift=size // 16, cutout=size // 8) if augment else None
+    folder = Path(root) / "frames" if cache is None else Path(cache)
+    train, test = (
+        EventFrames(recordings, indices, name, framing, folder, change if role == 0 else None)
+        for role, (recordings, indices) in enumerate(sets)
+    )
+    return EventData(name, train, test, tuple(kind.classes), size)
+
+
+def _tonic_sets(name: str, root: Path) -> tuple[list[tuple[Dataset, list[int]]], type]:
+    """Training and test recordings with the order of their indices, and Tonic's class."""
+    try:
+        import tonic
+    except ImportError as error:
+        raise ImportError("event recordings are read by Tonic: pip install 'lasnn-sj[events]'") from error
+    kind = {
+        "dvs-gesture": tonic.datasets.DVSGesture,
+        "n-mnist": tonic.datasets.NMNIST,
+        "cifar10-dvs": tonic.datasets.CIFAR10DVS,
+    }[name]
+    try:
+        if name == "cifar10-dvs":
+            recordings = kind(save_to=str(root))
+            return _tenths(recordings), kind
+        sets = [kind(save_to=str(root), train=train) for train in (True, False)]
+    except Exception as error:  # no network, damaged archive, full disk: Tonic raises several kinds
+        raise FileNotFoundError(
+            f"{name} could not be read from {root / kind.__name__} ({type(error).__name__}: {error}); with a "
+            f"network Tonic downloads it there, without one put the archive that Tonic names there"
+        ) from error
+    return [(recordings, _in_order(recordings)) for recordings in sets], kind
+
+
+def _in_order(recordings: Dataset) -> list[int]:
+    """Indices by path, numbers by value: Tonic's own order is the file system's."""
+
+    def key(index: int) -> list[str | int]:
+        path = Path(recordings.data[index]).as_posix()
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+    return sorted(range(len(recordings)), key=key)
+
+
+def _tenths(recordings: Dataset) -> list[tuple[Dataset, list[int]]]:
+    train, test = [], []
+    by_label: dict[int, list[int]] = {}
+    for index in _in_order(recordings):
+        by_label.setdefault(int(recordings.targets[index]), []).append(index)
+    for _, indices in sorted(by_label.items()):
+        cut = len(indices) - len(indices) // 10
+        train += indices[:cut]
+        test += indices[cut:]
+    return [(recordings, train), (recordings, test)]
+
+
+def draw(
+    frames: Tensor | np.ndarray, folder: str | Path, name: str = "events", frame_ms: int = 100
+) -> tuple[Path, Path]:
+    """Picture of a recording: brighter pixels red, darker ones blue, on white.
+
+    Args:
+        frames: event counts ``[T, 2, H, W]``.
+        folder: made if it is not there.
+        name: of the files, without ending.
+        frame_ms: time of each frame of the animation, in milliseconds.
+
+    Returns:
+        Paths of the strip of all frames (PNG) and of the animation (GIF).
+
+    Raises:
+        ValueError: frames of another shape.
+    """
+    from PIL import Image
+
+    counts = np.asarray(frames, dtype=np.float64)
+    if counts.ndim != 4 or counts.shape[1] != 2 or not counts.size:
+        raise ValueError(f"frames must be [T, 2, H, W] with T >= 1, got shape {counts.shape}")
+    # the few busiest pixels would leave all others white
+    bright = max(float(np.quantile(counts[counts > 0], 0.95)) if counts.any() else 1.0, 1.0)
+    off, on = np.clip(counts / bright, 0, 1).swapaxes(0, 1)
+    colours = np.stack([1 - off, 1 - np.maximum(on, off), 1 - on], axis=-1)
+    scale = -(-96 // counts.shape[-1])
+    pixels = (255 * colours).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    strip, animation = folder / f"{name}.png", folder / f"{name}.gif"
+    framed = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+    rows = [np.concatenate(framed[start : start + 8], axis=1) for start in range(0, len(framed), 8)]
+    longest = rows[0].shape[1]
+    rows = [np.pad(row, ((0, 0), (0, longest - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    Image.fromarray(np.concatenate(rows)).save(strip)
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    first.save(animation, save_all=True, append_images=others, duration=frame_ms, loop=0)
+    return strip, animation
