@@ -62,12 +62,12 @@ LAPTOP = Run(
         ann_batch=64,
         calibration_steps=100,
         threshold_scale=0.4,
-        epochs=8,
+        epochs=6,
         lr=5e-4,
         batch=32,
     ),
     train_images=5000,
-    test_images=5000,
+    test_images=2000,
 )
 
 
