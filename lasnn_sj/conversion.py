@@ -215,8 +215,9 @@ def balance_thresholds(
                 peak = _largest_input(snn, node, images, encoder, chunk, reduce)
                 if not (math.isfinite(peak) and peak > 0):
                     raise ValueError(
-                        f"neuron '{name}': its largest weighted input is {peak}, so no threshold can be "
-                        f"set; is the network trained, and were images and encoder right?"
+                        f"neuron '{name}': its largest weighted input in {encoder.T} steps is {peak}, so no "
+                        f"threshold can be set; give the encoder more steps (a deep layer starts late), "
+                        f"or is the network not trained?"
                     )
                 node.v_threshold = peak
                 if name in inside and name.endswith("first.neuron"):
