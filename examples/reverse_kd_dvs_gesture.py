@@ -65,10 +65,11 @@ def main(run: Run) -> None:
         text = table(list(results.values()))
         (run.run_dir / "table.md").write_text(text + "\n")
         write_csv(run.run_dir / "table.csv", results)
+        size, points = gestures.image_size, 100 / len(gestures.test)
         print(
             f"\n{run.recipe.student}, width {run.recipe.width}, T = {run.framing.T}, {len(gestures.train)} "
-            f"training and {len(gestures.test)} test recordings, frames of "
-            f"{gestures.image_size}x{gestures.image_size} (a recording is {100 / len(gestures.test):.2f} points), {run.recipe.epochs} epochs\n{text}"
+            f"training and {len(gestures.test)} test recordings (one is {points:.2f} points), frames of "
+            f"{size}x{size}, {run.recipe.epochs} epochs\n{text}"
         )
 
 
