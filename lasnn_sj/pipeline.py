@@ -26,6 +26,7 @@ from .trainer import LaSNNTrainer, check_settings, evaluate
 
 log = logging.getLogger(__name__)
 
+CHUNK = 32  # time steps of an evaluation in memory at once
 STAGES = ("teacher", "ann", "converted", "converted_10T", "start", "hybrid", "lasnn")
 TITLES = {
     "teacher": "teacher",
@@ -203,7 +204,8 @@ class Pipeline:
 
     def _run_converted_10T(self, folder: Path) -> dict[str, float]:
         _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
-        return evaluate(self.student("converted"), test, self.encoder(10 * self.recipe.T), device=self.device)
+        encoder = self.encoder(10 * self.recipe.T)
+        return evaluate(self.student("converted"), test, encoder, device=self.device, chunk=CHUNK)
 
     def _run_start(self, folder: Path) -> dict[str, float]:
         r = self.recipe

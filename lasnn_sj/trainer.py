@@ -383,6 +383,7 @@ def evaluate(
     *,
     readout: Literal["auto", "last", "mean"] = "auto",
     device: torch.device | str | None = None,
+    chunk: int | None = None,
 ) -> dict[str, float]:
     """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
 
@@ -392,6 +393,9 @@ def evaluate(
         encoder: gives the input its time axis.
         readout: as for :class:`LaSNNTrainer`.
         device: the model's if not given.
+        chunk: time steps held in memory at once, all if not given. For networks whose layers carry their
+            state from step to step, as those of :mod:`lasnn_sj.models` do; layers that look at the whole
+            sequence need it whole.
 
     Returns:
         ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``.
@@ -409,9 +413,8 @@ def evaluate(
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)
-            outputs = model(images if encoder is None else encoder(images))
+            scores = _scores(model, images, len(labels), encoder, readout, chunk)
             functional.reset_net(model)
-            scores = class_scores(outputs, len(labels), readout)
             _check_labels(labels, scores.shape[1], where)
             labels = labels.to(device)
             if correct is None:
@@ -425,6 +428,24 @@ def evaluate(
         raise BatchError("the evaluation loader gave no batch")
     samples = int(loss.weight.item())
     return {"loss": loss.compute().item(), "top1": 100 * correct.compute().item(), "samples": samples}
+
+
+def _scores(
+    model: nn.Module,
+    images: Tensor,
+    batch: int,
+    encoder: nn.Module | None,
+    readout: str,
+    chunk: int | None,
+) -> Tensor:
+    if encoder is None or chunk is None or chunk >= encoder.T:
+        return class_scores(model(images if encoder is None else encoder(images)), batch, readout)
+    total, left = 0.0, encoder.T
+    while left:
+        steps = min(chunk, left)
+        scores = class_scores(model(encoder.steps(images, steps)), batch, readout)
+        total, left = total + scores * steps, left - steps
+    return scores if readout == "last" else total / encoder.T
 
 
 def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:

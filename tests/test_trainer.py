@@ -180,6 +180,17 @@ def test_evaluate_counts_by_hand():
     assert result["loss"] == pytest.approx((3 * right + 2 * wrong) / 5)
 
 
+@pytest.mark.parametrize("readout", ["last", "mean"])
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_evaluation_in_pieces_of_time(readout, chunk):
+    """7 steps at once, or in pieces (of 3, 3 and 1 ...): the same loss to float rounding."""
+    student, batches = small_student(), loader(16)
+    whole = evaluate(student, batches, DirectEncoder(7), readout=readout)
+    pieces = evaluate(student, batches, DirectEncoder(7), readout=readout, chunk=chunk)
+    assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert pieces["top1"] == whole["top1"]
+
+
 def test_readouts():
     potentials = torch.tensor([[[1.0, 0]], [[0, 3]], [[2, 0]]])
     assert class_scores(potentials, 1, "last").tolist() == [[2, 0]]
