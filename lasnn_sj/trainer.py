@@ -167,6 +167,7 @@ class LaSNNTrainer:
         Raises:
             BatchError: the loss is not finite; the student keeps its weights.
         """
+        self.prepare(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         x = images if self.encoder is None else self.encoder(images)
         try:
@@ -228,7 +229,7 @@ class LaSNNTrainer:
             where = f"batch {index} of epoch {epoch}"
             images, labels = check_batch(batch, where)
             if correct is None:
-                self._prepare(images, labels, where)
+                self.prepare(images, labels)
                 correct = MulticlassAccuracy(self._num_classes, average="micro").to(self.device)
             _check_labels(labels, self._num_classes, where)
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
@@ -252,8 +253,12 @@ class LaSNNTrainer:
         row["seconds"] = time.perf_counter() - start
         return row
 
-    def _prepare(self, images: Tensor, labels: Tensor, where: str) -> None:
-        """Before the first step: look at what the student gives, and set the taps."""
+    def prepare(self, images: Tensor, labels: Tensor) -> None:
+        """Before the first step: look at what the student gives, choose the pairs and set the taps.
+
+        Draws no random number that training would have drawn. Called by :meth:`fit` and
+        :meth:`train_step` themselves.
+        """
         if self._num_classes is not None:
             return
         axis = _batch_axis(images, labels)

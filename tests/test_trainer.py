@@ -76,7 +76,6 @@ def test_the_loss_of_a_step_is_eq_8():
     names = [("features.0.neuron", "layer1"), ("features.2.neuron", "layer2")]
     trainer = trainer_for(student, teacher, alpha=0.6, pairs=names)
     x, y = images_and_labels(8)
-    trainer._prepare(x, y, "test")
     spikes, activations = {}, {}
     hooks = [student.get_submodule(s).register_forward_hook(keep(spikes, s)) for s, _ in names]
     hooks += [teacher.get_submodule(t).register_forward_hook(keep(activations, t)) for _, t in names]
@@ -100,7 +99,6 @@ def test_gradient_attention_of_a_step_is_eq_13():
     names = [("features.0.neuron", "layer1")]
     trainer = trainer_for(student, teacher, attention="gradient", pairs=names)
     x, y = images_and_labels(8)
-    trainer._prepare(x, y, "test")
     spikes, seen = {}, {}
     with student.get_submodule(names[0][0]).register_forward_hook(keep(spikes, "s")), torch.no_grad():
         student(DirectEncoder(4)(x))
