@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -129,8 +128,9 @@ def make(side: str, T: int, batch: int, width: float, device: str) -> Callable[[
 
 
 def peak_mib() -> float:
-    """Highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Highest resident memory of this process so far (``ru_maxrss`` would include its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def print_memory(side: str, T: int, batch: int, width: float, device: str, keep: bool) -> None:

@@ -62,7 +62,7 @@ LAPTOP = Run(
         ann_batch=64,
         calibration_steps=100,
         threshold_scale=0.4,
-        epochs=6,
+        epochs=10,
         lr=5e-4,
         batch=32,
     ),

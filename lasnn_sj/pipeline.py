@@ -33,7 +33,7 @@ TITLES = {
     "ann": "intermediate ANN",
     "converted": "converted, T = {T}",
     "converted_10T": "converted, T = {T10}",
-    "start": "start of training, T = {T}",
+    "start": "thresholds x {scale}, T = {T}",
     "hybrid": "hybrid (CE only), T = {T}",
     "lasnn": "LaSNN, T = {T}",
 }
@@ -302,7 +302,7 @@ def table(recipe: Recipe, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> 
         top1 = [run[stage]["top1"] for run in runs]
         spread = "" if len(runs) == 1 else f" ± {statistics.stdev(top1):.2f}"
         seconds = statistics.mean(run[stage]["seconds"] for run in runs)
-        title = TITLES[stage].format(T=recipe.T, T10=10 * recipe.T)
+        title = TITLES[stage].format(T=recipe.T, T10=10 * recipe.T, scale=recipe.threshold_scale)
         rows.append((title, f"{statistics.mean(top1):.2f}{spread}", f"{seconds:.0f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
