@@ -105,7 +105,8 @@ class LaSNNTrainer:
         self._student_taps = self._teacher_taps = self._num_classes = None
         for module in (student, teacher, encoder):
             if module is not None:
-                module.to(self.device)
+                # Only the order in memory: convolutions are faster so, on either device.
+                module.to(self.device, memory_format=torch.channels_last)
         if teacher is not None:
             if teacher.training:
                 log.warning("the teacher was in training mode; it is used in evaluation mode")
