@@ -1,0 +1,50 @@
+"""Memory behind large tensors on the CPU."""
+
+import multiprocessing
+import resource
+import sys
+
+import pytest
+import torch
+
+from lasnn_sj.neurons import keep_freed_memory
+from lasnn_sj.neurons.memory import advise_huge_pages
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux and glibc for something")
+
+
+@pytest.mark.parametrize("elements", [0, 10, 5_000_000])
+def test_advice_changes_no_value(elements):
+    t = torch.arange(elements)
+    assert advise_huge_pages(t) is t
+    assert torch.equal(t, torch.arange(elements))
+
+
+def faults_of_fresh_blocks() -> int:
+    """Page faults while ten blocks of 32 MB are made, written and freed, one after the other."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pages = bytes(8192)
+    for _ in range(10):
+        block = bytearray(32 << 20)
+        block[::4096] = pages
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def count_faults(results) -> None:
+    before = faults_of_fresh_blocks()
+    results.put((keep_freed_memory(), before, faults_of_fresh_blocks()))
+
+
+@linux
+def test_kept_memory_is_mapped_once():
+    # in a process of its own, since it holds for the whole process
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=count_faults, args=(results,))
+    process.start()
+    took_effect, before, after = results.get(timeout=60)
+    process.join()
+    assert took_effect
+    assert before > 10 * 8192 * 0.9  # each block was mapped anew
+    assert after < 2 * 8192  # now only the first
