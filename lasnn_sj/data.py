@@ -92,6 +92,8 @@ class ImageData:
             raise ValueError(
                 f"count must be from 2 to the {self.num_classes} classes of {self.name}, got {count}"
             )
+        if per_class is not None and per_class < 1:
+            raise ValueError(f"per_class must be at least 1 image, got {per_class}")
         parts = {}
         for role, most in (("train", per_class), ("test", None)):
             labels = getattr(getattr(self, role), "labels", None)

@@ -95,6 +95,11 @@ def test_a_map_shrinks_by_averaging():
     assert gradient_map(g, normalise=False, size=(2, 2)).tolist() == [[2.5, 4.5, 10.5, 12.5]]
 
 
+def test_every_pixel_counts_where_a_map_shrinks_by_more_than_two():
+    g = torch.tensor([[[[0.0, 4.0, 8.0, 28.0]]]])  # bilinear samples would see the middle two alone
+    assert gradient_map(g, normalise=False, size=(1, 1)).tolist() == [[10]]
+
+
 def test_a_map_grows_by_bilinear_interpolation():
     g = torch.tensor([[[[1.0, 5.0]]]])
     # centres of four pixels at -0.25, 0.25, 0.75, 1.25 of the two: ends are kept, thirds are mixed 3:1

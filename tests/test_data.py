@@ -207,6 +207,26 @@ def test_subset_limits(digits, counts, said):
         digits.subset(**counts)
 
 
+def test_the_first_classes_with_the_first_images_of_each(tmp_path):
+    source = saved(tmp_path / "a.npz", y_train=np.array([2, 1, 0, 1, 1, 0]), y_test=np.array([3, 1, 0, 1]))
+    whole = data.load(source, augment=False)
+    part = whole.first_classes(2, per_class=2)
+    assert part.num_classes == 2
+    assert stacked(part.train)[1] == [0, 0, 1, 1]
+    assert torch.equal(stacked(part.train)[0], stacked(whole.train)[0][[2, 5, 1, 3]])
+    assert torch.equal(stacked(part.test)[0], stacked(whole.test)[0][[2, 1, 3]])
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"count": 1}, "count must be from 2 to the 10 classes of digits, got 1"),
+    ({"count": 11}, "got 11"),
+    ({"count": 2, "per_class": 0}, "per_class must be at least 1"),
+])  # fmt: skip
+def test_limits_of_first_classes(digits, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        digits.first_classes(**arguments)
+
+
 def order(loaded, seed):
     train, _ = loaded.loaders(16, seed=seed)
     return [torch.cat([labels for _, labels in train]).tolist() for _ in range(2)]  # two epochs
