@@ -60,6 +60,7 @@ class Recipe:
         threshold_statistic: ``"max"`` or a percentile.
         threshold_scale: factor of the thresholds for stage 3 (the converted SNN itself has factor 1).
         epochs, lr, batch, weight_decay: stage 3, Adam; the hybrid baseline has the same.
+        validate_every: stage 3 looks at the test images after every so many epochs.
         seed: of weights, order of the images, codes and dropout.
         workers: processes that load images.
     """
@@ -89,6 +90,7 @@ class Recipe:
     lr: float = 1e-4
     batch: int = 16
     weight_decay: float = 5e-4
+    validate_every: int = 1
     seed: int = 0
     workers: int = 0
 
@@ -241,7 +243,7 @@ class Pipeline:
             device=self.device,
             seed=r.seed,
         )
-        trainer.fit(train, test, epochs=r.epochs)
+        trainer.fit(train, test, r.epochs, r.validate_every)
         self._keep(folder, snn)
         return trainer.evaluate(test)
 

@@ -114,14 +114,21 @@ class LaSNNTrainer:
         self.optimizer = optimizer or Adam(student.parameters(), lr=1e-4, weight_decay=5e-4)
         self.scheduler = scheduler
 
-    def fit(self, train_loader: Iterable, val_loader: Iterable | None = None, epochs: int = 100) -> list[dict]:
+    def fit(
+        self,
+        train_loader: Iterable,
+        val_loader: Iterable | None = None,
+        epochs: int = 100,
+        validate_every: int = 1,
+    ) -> list[dict]:
         """Train up to ``epochs`` epochs in all, from the run folder's last checkpoint if there is one.
 
         Args:
             train_loader: batches ``(images, labels)``; images ``[N, C, H, W]`` as the encoder takes them,
                 labels ``[N]``, whole numbers in [0, K).
-            val_loader: the same, evaluated after each epoch.
+            val_loader: the same, evaluated after an epoch.
             epochs: epochs this run has at its end, those of an earlier call or process included.
+            validate_every: evaluate after every so many epochs, and after the last.
 
         Returns:
             One row for each epoch: losses, accuracy in percent (``top1``), learning rate, seconds.
@@ -147,7 +154,7 @@ class LaSNNTrainer:
                 for epoch in range(done + 1, epochs + 1):
                     bar.set_description(f"epoch {epoch}/{epochs}")
                     row = self._train_epoch(epoch, train_loader, bar)
-                    if val_loader is not None:
+                    if val_loader is not None and (epoch % validate_every == 0 or epoch == epochs):
                         result = self.evaluate(val_loader)
                         row |= {f"val_{name}": result[name] for name in ("loss", "top1")}
                     if self.scheduler is not None:

@@ -141,6 +141,11 @@ def test_a_resumed_run_equals_one_that_was_left_alone(tmp_path):
     assert [row["loss"] for row in history] == [row["loss"] for row in history_resumed]
 
 
+def test_validation_now_and_then():
+    history = trainer_for(small_student(), small_teacher()).fit(loader(8), loader(8), 5, validate_every=2)
+    assert ["val_top1" in row for row in history] == [False, True, False, True, True]
+
+
 def test_two_checkpoints_are_kept(tmp_path):
     trainer_for(small_student(), small_teacher(), tmp_path).fit(loader(8), epochs=4)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000003", "00000004"]
