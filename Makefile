@@ -33,4 +33,6 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lasnn_sj needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+# The last NVRTC that knows sm_70, for a test; apart, or torch would load it in place of its own.
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/nvrtc12 nvidia-cuda-nvrtc-cu12==12.9.86
 	touch $(READY)

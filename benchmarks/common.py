@@ -68,7 +68,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def copy_seconds(elements: int, device: str, runs: int) -> Callable[[], object]:
+def copy_seconds(elements: int, device: str) -> Callable[[], object]:
     """One float32 copy of that many elements into memory that is there already."""
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source).fill_(0)

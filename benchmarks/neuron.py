@@ -24,9 +24,13 @@ from torch import Tensor
 
 from lasnn_sj.neurons import LIFNode, accelerate, keep_freed_memory, use_backend
 
-SIZES = {"cpu": ((32, 524_288), (100, 20_000), (8, 262_144)), "cuda": ((32, 4_194_304), (100, 20_000), (8, 16_777_216))}
+SIZES = {
+    "cpu": ((32, 524_288), (100, 20_000), (8, 262_144)),
+    "cuda": ((32, 4_194_304), (100, 20_000), (8, 16_777_216)),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFERENCE = "SpikingJelly 2 LIFNode"
+COPY, CLONE = "float32 copy_ into memory at hand", "float32 clone into new memory"
 
 LEGACY = """
 import json, sys, time, torch
@@ -39,8 +43,7 @@ node = neuron.LIFNode(tau=2.0, decay_input=False, v_reset=None, surrogate_functi
 x = torch.randn(T, n, device=device).add_(0.5).requires_grad_()
 g = torch.ones(T, n, device=device)
 def step():
-    x.grad = None
-    node(x).backward(g)
+    torch.autograd.grad(node(x), x, g)
     functional.reset_net(node)
 seconds = []
 for i in range(int(runs) + 2):
@@ -65,8 +68,8 @@ def forward_backward(layer: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) ->
     """One forward and backward of a layer over time, from a fresh state."""
 
     def call() -> None:
-        x.grad = None
-        layer(x).backward(g)
+        # not .backward(): adding up x.grad is no part of the layer, and costs as much as one
+        torch.autograd.grad(layer(x), x, g)
 
     return call
 
@@ -132,7 +135,9 @@ def layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
     return {
         REFERENCE: lambda: from_reset(stock_lif().to(device)),
         f"lasnn_sj {ours}, LIFNode of the paper": lambda: from_reset(LIFNode(leak=0.5, step_mode="m"), ours),
-        f"lasnn_sj {ours}, SpikingJelly's LIFNode": lambda: from_reset(accelerate(stock_lif()).to(device), ours),
+        f"lasnn_sj {ours}, SpikingJelly's LIFNode": lambda: from_reset(
+            accelerate(stock_lif()).to(device), ours
+        ),
         "lasnn_sj plain PyTorch": lambda: from_reset(LIFNode(leak=0.5, step_mode="m"), "torch"),
         "SpikingJelly 2 FlexSN": flexsn,
         "snnTorch Leaky": snntorch_lif,
@@ -150,7 +155,7 @@ def measure(T: int, n: int, dtype: str, device: str, runs: int, legacy: str | No
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(T, n, device=device, generator=generator).add_(0.5).to(DTYPES[dtype]).requires_grad_()
     g = torch.ones_like(x)
-    calls = {"copy of one float32 tensor": common.copy_seconds(T * n, device, runs)}
+    calls = {COPY: common.copy_seconds(T * n, device), CLONE: torch.ones(T, n, device=device).clone}
     for name, make in layers(device).items():
         try:
             calls[name] = forward_backward(make(), x, g)
@@ -161,20 +166,22 @@ def measure(T: int, n: int, dtype: str, device: str, runs: int, legacy: str | No
         for backend in ("torch", "cupy") if device == "cuda" else ("torch",):
             name = f"SpikingJelly 0.0.0.0.14 {backend}"
             arguments = [T, n, device, backend, runs, torch.get_num_threads()]
-            done = subprocess.run([legacy, "-c", LEGACY, *map(str, arguments)], capture_output=True, text=True)
+            done = subprocess.run(
+                [legacy, "-c", LEGACY, *map(str, arguments)], capture_output=True, text=True
+            )
             if done.returncode:
                 print(f"  {name}: {done.stderr.strip().splitlines()[-1]}")
             else:
                 seconds[name] = json.loads(done.stdout.splitlines()[-1])
-    copy = seconds["copy of one float32 tensor"]
+    copy, clone = seconds[COPY], seconds[CLONE]
     bandwidth = 8 * T * n / statistics.median(copy)
     rows = []
     for name, times in seconds.items():
         row = {
             "what": name, "T": T, "neurons": n, "dtype": dtype, "median_ms": 1e3 * statistics.median(times),
             "min_ms": 1e3 * min(times), "max_ms": 1e3 * max(times), "runs": len(times),
-            "faster_than_spikingjelly2": common.ratio(seconds[REFERENCE], times) if REFERENCE in seconds else "",
-            "copies": common.ratio(times, copy),
+            "faster_than_spikingjelly2": common.ratio(seconds[REFERENCE], times),
+            "copies": common.ratio(times, copy), "clones": common.ratio(times, clone),
         }  # fmt: skip
         if name.startswith("lasnn_sj") and "plain" not in name:
             moved = bytes_moved(T, n, x.element_size())
@@ -220,7 +227,15 @@ def main() -> None:
         for dtype in arguments.dtypes:
             print(f"\nT = {T}, {n:,} neurons, {dtype}")
             new = measure(T, n, dtype, arguments.device, arguments.runs, arguments.legacy_python)
-            columns = ["what", "median_ms", "min_ms", "max_ms", "faster_than_spikingjelly2", "copies"]
+            columns = [
+                "what",
+                "median_ms",
+                "min_ms",
+                "max_ms",
+                "faster_than_spikingjelly2",
+                "copies",
+                "clones",
+            ]
             common.show(new, [*columns, "of_copy_bandwidth"])
             rows += [row | {"keep_memory": arguments.keep_memory} | about for row in new]
     name = f"neuron_{arguments.device}" + ("_keep_memory" if arguments.keep_memory else "")

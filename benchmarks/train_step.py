@@ -6,8 +6,9 @@
 
 Both sides train the same VGG5 student from the same ResNet-20 teacher on Poisson input: encoding, forward,
 activation attention at three levels, backward, Adam. The plain side is what its user would write: stock
-layers, ``neuron.LIFNode`` with soft reset and ATan, forward hooks that average the spikes over time. Times are measured in turns in one process; peak memory in a process for each side, above what
-it took after its imports. Writes ``results/train_step_DEVICE.csv`` and ``.png``.
+layers, ``neuron.LIFNode`` with soft reset and ATan, forward hooks that average the spikes over time. Times
+are measured in turns in one process; peak memory in a process for each side, above what it took after its
+imports. Writes ``results/train_step_DEVICE.csv`` and ``.png``.
 """
 
 from __future__ import annotations
@@ -104,7 +105,11 @@ def our_step(T: int, batch: int, width: float, device: str, attention: str) -> C
         if hasattr(module, "v_threshold"):
             module.v_threshold = THRESHOLD
     teacher = models.teacher_resnet20(10).eval()
-    names = [("features.0.neuron", "layer1"), ("features.2.neuron", "layer2"), ("features.3.neuron", "layer2")]
+    names = [
+        ("features.0.neuron", "layer1"),
+        ("features.2.neuron", "layer2"),
+        ("features.3.neuron", "layer2"),
+    ]
     trainer = LaSNNTrainer(
         student, teacher, encoder=PoissonEncoder(T), attention=attention, pairs=names, device=device
     )
@@ -154,7 +159,18 @@ def print_memory(side: str, T: int, batch: int, width: float, device: str, keep:
 
 def memory_mib(side: str, T: int, a: argparse.Namespace) -> float:
     """:func:`print_memory` of a side, from its process."""
-    command = [sys.executable, __file__, "--memory-of", side, "--T", T, "--batch", a.batch, "--width", a.width]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        side,
+        "--T",
+        T,
+        "--batch",
+        a.batch,
+        "--width",
+        a.width,
+    ]
     command += ["--device", a.device, "--threads", torch.get_num_threads()]
     command += ["--keep-memory"] if a.keep_memory else []
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -192,7 +208,9 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of PyTorch and the neurons")
-    parser.add_argument("--keep-memory", action="store_true", help="ours and plain with neurons.keep_freed_memory()")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="ours and plain with neurons.keep_freed_memory()"
+    )
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.threads:
@@ -222,7 +240,17 @@ def main() -> None:
                 | about
             )  # fmt: skip
         print()
-        columns = ["what", "T", "median_s", "min_s", "max_s", "faster", "against_activation", "peak_mib", "of_plain_memory"]
+        columns = [
+            "what",
+            "T",
+            "median_s",
+            "min_s",
+            "max_s",
+            "faster",
+            "against_activation",
+            "peak_mib",
+            "of_plain_memory",
+        ]
         common.show([row for row in rows if row["T"] == T], columns)
     name = f"train_step_{a.device}" + ("_keep_memory" if a.keep_memory else "")
     print(f"\n{common.write(name, rows)}")

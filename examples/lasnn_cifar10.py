@@ -5,8 +5,9 @@
     python examples/lasnn_cifar10.py laptop --seeds 0 1 2 --teacher-checkpoint resnet20-12fca82f.th
 
 The last one takes a ready teacher (a ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10) instead of
-training one on the laptop's few images. CIFAR-10 is downloaded by torchvision to ``--root``; where there is no network give ``--source FILE.npz``
-with the arrays x_train, y_train, x_test, y_test. A run that was cut off goes on when started again.
+training one on the laptop's few images. CIFAR-10 is downloaded by torchvision to ``--root``; where there is
+no network give ``--source FILE.npz`` with the arrays x_train, y_train, x_test, y_test. A run that was cut off
+goes on when started again.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def main(run: Run) -> None:
     """Run the stages for every seed and print the table."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if run.device == "cpu":
-        keep_freed_memory()  # large tensors come and go; mapping their memory anew takes longer than filling it
+        keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
     images = data.load(run.source, run.root).subset(run.train_images, run.test_images)
     teacher = None if run.teacher_checkpoint is None else ready_teacher(run.teacher_checkpoint)
     results = []
@@ -100,6 +101,9 @@ def main(run: Run) -> None:
 if __name__ == "__main__":
     main(
         tyro.extras.overridable_config_cli(
-            {"paper": ("The paper's settings.", PAPER), "laptop": ("A small network and T, on two cores.", LAPTOP)}
+            {
+                "paper": ("The paper's settings.", PAPER),
+                "laptop": ("A small network and T, on two cores.", LAPTOP),
+            }
         )
     )

@@ -52,7 +52,9 @@ def main() -> None:
 
     student = spiking_net(digits.num_classes)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
-    trainer = LaSNNTrainer(student, teacher.eval(), encoder=DirectEncoder(T=4), alpha=0.9, optimizer=optimizer)
+    trainer = LaSNNTrainer(
+        student, teacher.eval(), encoder=DirectEncoder(T=4), alpha=0.9, optimizer=optimizer
+    )
     trainer.fit(train_loader, epochs=5)
     print(f"student: {trainer.evaluate(test_loader)['top1']:.2f} %")
 

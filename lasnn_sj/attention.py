@@ -9,9 +9,7 @@ from torch import Tensor
 from .neurons.dynamics import decay_trace
 
 
-def activation_map(
-    a: Tensor, *, normalise: bool = True, size: tuple[int, int] | None = None
-) -> Tensor:
+def activation_map(a: Tensor, *, normalise: bool = True, size: tuple[int, int] | None = None) -> Tensor:
     """Attention of an activation, Eq. 5-6 per position: ``F(A) = mean over C of |A|^2``.
 
     (The right side of Eq. 6 as printed averages over space too, which would leave no map.) For a
@@ -28,9 +26,7 @@ def activation_map(
     return _finish(_check(a, "a").square().mean(1), normalise, size)
 
 
-def gradient_map(
-    g: Tensor, *, normalise: bool = True, size: tuple[int, int] | None = None
-) -> Tensor:
+def gradient_map(g: Tensor, *, normalise: bool = True, size: tuple[int, int] | None = None) -> Tensor:
     """Gradient attention of a teacher, Eq. 10 per layer: ``mean over C of |d CE / d A|``.
 
     Args:
@@ -68,9 +64,7 @@ def spike_activation_map(
     return spike_map(total / len(spikes), normalise=normalise, size=size)
 
 
-def spike_map(
-    m: Tensor, *, normalise: bool = True, size: tuple[int, int] | None = None
-) -> Tensor:
+def spike_map(m: Tensor, *, normalise: bool = True, size: tuple[int, int] | None = None) -> Tensor:
     """Finish a spike activation map that the neurons have accumulated over time (Eq. 11).
 
     Args:

@@ -154,7 +154,7 @@ class Pipeline:
         return net.eval()
 
     def student(self, stage: str) -> nn.Module:
-        """The trained network of a stage: ``"ann"``, ``"converted"``, ``"start"``, ``"hybrid"``, ``"lasnn"``."""
+        """Network of the stage ``"ann"``, ``"converted"``, ``"start"``, ``"hybrid"`` or ``"lasnn"``, trained."""
         self._stage(stage)
         net = self._build_ann()
         return self._load(stage, net if stage == "ann" else self._to_snn(net))
@@ -247,7 +247,9 @@ class Pipeline:
         self._keep(folder, snn)
         return trainer.evaluate(test)
 
-    def _train_ann(self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int) -> dict[str, float]:
+    def _train_ann(
+        self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int
+    ) -> dict[str, float]:
         train, test = self.data.loaders(batch, self.recipe.workers, seed=self.recipe.seed)
         optimizer = SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         scheduler = MultiStepLR(optimizer, [round(epochs * part) for part in (0.6, 0.8, 0.9)])

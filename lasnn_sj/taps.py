@@ -61,11 +61,13 @@ def find_module(model: nn.Module, name: str, role: str) -> str:
         return found[0]
     if found:
         raise TapError(
-            f"{role} tap '{name}' matches {len(found)} modules ({', '.join(found[:4])}{', ...' * (len(found) > 4)}); "
-            f"name one"
+            f"{role} tap '{name}' matches {len(found)} modules ({', '.join(found[:4])}"
+            f"{', ...' * (len(found) > 4)}); name one"
         )
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:6]
-    raise TapError(f"{role} tap '{name}' matches no module of {type(model).__name__}; near: {', '.join(near)}")
+    raise TapError(
+        f"{role} tap '{name}' matches no module of {type(model).__name__}; near: {', '.join(near)}"
+    )
 
 
 @dataclass
@@ -212,7 +214,9 @@ def _named_pair(
         if entry is None:
             raise TapError(f"{role} tap '{full}' gives no feature map of at least 2 pixels in a forward pass")
         if entry.calls != 1:
-            raise TapError(f"{role} tap '{full}' runs {entry.calls} times in a forward pass; name one that runs once")
+            raise TapError(
+                f"{role} tap '{full}' runs {entry.calls} times in a forward pass; name one that runs once"
+            )
         found.append(entry)
     mine, theirs = found
     return Pair(mine.name, theirs.name, mine.size, theirs.size)

@@ -223,8 +223,7 @@ class LaSNNTrainer:
                 seen = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), seen)
         finish = attention.gradient_map if by_gradient else attention.activation_map
         maps = [
-            finish(a.detach(), normalise=self.normalise, size=pair.size)
-            for a, pair in zip(seen, self.pairs)
+            finish(a.detach(), normalise=self.normalise, size=pair.size) for a, pair in zip(seen, self.pairs)
         ]
         return logits.detach(), maps
 
@@ -472,7 +471,8 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
     images, labels = batch
     if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         raise BatchError(
-            f"{where}: images and labels must be tensors, got {type(images).__name__} and {type(labels).__name__}"
+            f"{where}: images and labels must be tensors, got {type(images).__name__} and "
+            f"{type(labels).__name__}"
         )
     if labels.dim() != 1 or labels.numel() == 0 or labels.is_floating_point():
         raise BatchError(

@@ -11,8 +11,18 @@ ROOT = Path(lasnn_sj.__file__).parent
 # A module imports only from levels below its own; a new one has to be given its place here.
 LEVELS = [
     {"neurons"},
-    {"encoding", "attention", "objectives", "taps", "models", "data", "checkpoint", "pruning", "distributed",
-     "events"},
+    {
+        "encoding",
+        "attention",
+        "objectives",
+        "taps",
+        "models",
+        "data",
+        "checkpoint",
+        "pruning",
+        "distributed",
+        "events",
+    },
     {"conversion"},
     {"trainer", "report"},
     {"pipeline", "reverse"},

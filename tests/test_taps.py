@@ -179,7 +179,9 @@ def test_in_place_layers_do_not_change_what_was_read():
 
 def test_gradients_with_respect_to_frozen_teachers_activations():
     """Linear head: d(sum of w * a) / d a is w, though no weight wants a gradient."""
-    teacher = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 1, bias=False))
+    teacher = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 1, bias=False)
+    )
     teacher.requires_grad_(False)
     tap = taps.TeacherTaps(teacher, ["1", "0"], gradients=True)
     with tap:

@@ -33,7 +33,9 @@ def loader(n=32, batch_size=8, seed=0, **changes):
     x, y = images_and_labels(n, seed)
     tensors = {"x": x, "y": y} | changes
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(TensorDataset(tensors["x"], tensors["y"]), batch_size, shuffle=True, generator=generator)
+    return DataLoader(
+        TensorDataset(tensors["x"], tensors["y"]), batch_size, shuffle=True, generator=generator
+    )
 
 
 def small_student(seed=0, **arguments):
@@ -205,12 +207,15 @@ def test_readouts():
 
 def test_a_stock_spikingjelly_student_and_any_teacher():
     student = nn.Sequential(
-        layer.Conv2d(1, 8, 3, padding=1), layer.BatchNorm2d(8), neuron.IFNode(surrogate_function=surrogate.ATan()),
+        layer.Conv2d(1, 8, 3, padding=1), layer.BatchNorm2d(8),
+        neuron.IFNode(surrogate_function=surrogate.ATan()),
         layer.MaxPool2d(2), layer.Conv2d(8, 8, 3, padding=1), neuron.LIFNode(), layer.Flatten(),
         layer.Linear(8 * 16, K),
     )  # fmt: skip
     functional.set_step_mode(student, "m")
-    teacher = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(6 * 64, K)).eval()
+    teacher = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(6 * 64, K)
+    ).eval()
     history = trainer_for(student, teacher).fit(loader(64), epochs=4)
     assert history[-1]["loss"] < history[0]["loss"]
 
@@ -285,12 +290,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     student = small_student()
     trainer = trainer_for(student, small_teacher(), alpha=float("inf"))
     before = weights_of(student)
-    with pytest.raises(BatchError, match=r"batch 0 of epoch 1: the loss is not finite \(ce = .*, attention = inf"):
+    with pytest.raises(
+        BatchError, match=r"batch 0 of epoch 1: the loss is not finite \(ce = .*, attention = inf"
+    ):
         trainer.fit(loader(8), epochs=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(student).items())
 
 
-@pytest.mark.parametrize("empty", [[], DataLoader(TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0).long()))])
+@pytest.mark.parametrize(
+    "empty", [[], DataLoader(TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0).long()))]
+)
 def test_empty_loaders(empty):
     with pytest.raises(BatchError, match="training loader gave no batch in epoch 1"):
         trainer_for(small_student(), small_teacher()).fit(empty, epochs=1)
@@ -333,7 +342,9 @@ def test_wrong_arguments():
 def test_pairs_that_do_not_exist_are_found_before_the_first_step():
     student = small_student()
     before = weights_of(student)
-    with pytest.raises(TapError, match="student tap 'features.1' gives no|student tap 'nowhere' matches no module"):
+    with pytest.raises(
+        TapError, match="student tap 'features.1' gives no|student tap 'nowhere' matches no module"
+    ):
         trainer_for(student, small_teacher(), pairs=[("nowhere", "layer1")]).fit(loader(8), epochs=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(student).items())
 

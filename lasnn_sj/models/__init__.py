@@ -28,8 +28,8 @@ __all__ = [
     "teacher_densenet121",
     "teacher_resnet20",
     "teacher_vgg16",
-    "vgg16",
     "vgg5",
     "vgg7",
     "vgg9",
+    "vgg16",
 ]

@@ -63,9 +63,7 @@ class VGG(nn.Module):
                 features.append(form.pool())
             else:
                 wide = scaled(item, width)
-                features.append(
-                    Unit(form.conv(channels, wide), form.neuron(), form.dropout(after != "A"))
-                )
+                features.append(Unit(form.conv(channels, wide), form.neuron(), form.dropout(after != "A")))
                 channels, full = wide, item
         self.features = nn.Sequential(*features)
         self.flatten = form.flatten()
