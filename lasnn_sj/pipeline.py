@@ -154,7 +154,7 @@ class Pipeline:
         return net.eval()
 
     def student(self, stage: str) -> nn.Module:
-        """Network of the stage ``"ann"``, ``"converted"``, ``"start"``, ``"hybrid"`` or ``"lasnn"``, trained."""
+        """The network of ``"ann"``, ``"converted"``, ``"start"``, ``"hybrid"`` or ``"lasnn"``."""
         self._stage(stage)
         net = self._build_ann()
         return self._load(stage, net if stage == "ann" else self._to_snn(net))
