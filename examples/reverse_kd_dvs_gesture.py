@@ -46,8 +46,9 @@ class Run:
 
 PAPER = Run(Recipe(epochs=200, batch=16, optimizer="adam", lr=1e-3, weight_decay=0.0))
 LAPTOP = Run(
-    Recipe(width=0.125, epochs=15, batch=10, optimizer="adam", lr=3e-3, weight_decay=0.0),
-    framing=events.Framing(T=8, shrink=4),
+    Recipe(width=0.125, epochs=12, batch=10, optimizer="adam", lr=3e-3, weight_decay=0.0),
+    framing=events.Framing(T=8, shrink=8),
+    augment=False,
 )
 
 
