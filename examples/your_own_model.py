@@ -14,7 +14,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, data
-from lasnn_sj.trainer import evaluate
+from lasnn_sj.evaluation import evaluate
 
 
 def spiking_net(num_classes: int) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: one folder each, complete or not there at all."""
+"""A run's folder: its settings, and its checkpoints, each complete or not there at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -58,6 +59,29 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
     """Weights and state of a checkpoint; no code in it is run."""
     weights = load_file(path / "student.safetensors", device=str(device))
     return weights, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def check_settings(path: Path, settings: dict[str, object]) -> None:
+    """Write the settings of a new run folder, or hold them against those it was made with.
+
+    Raises:
+        ValueError: they differ; the message lists how.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+        return
+    there = json.loads(path.read_text())
+    other = [
+        f"{key}: there {there.get(key)!r}, here {settings.get(key)!r}"
+        for key in sorted(there.keys() | settings.keys())
+        if there.get(key) != settings.get(key)
+    ]
+    if other:
+        raise ValueError(
+            f"{path.parent} holds a run with other settings ({'; '.join(other)}); "
+            f"use another run folder, or delete this one"
+        )
 
 
 def random_state() -> dict[str, object]:

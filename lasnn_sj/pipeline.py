@@ -18,11 +18,13 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
 from . import checkpoint, models
+from .checkpoint import check_settings
 from .conversion import balance_thresholds, convert
 from .data import ImageData
 from .encoding import DirectEncoder, PoissonEncoder
+from .evaluation import evaluate
 from .neurons import LinearSurrogate, TimeLoopNode
-from .trainer import LaSNNTrainer, check_settings, evaluate
+from .trainer import LaSNNTrainer
 
 log = logging.getLogger(__name__)
 

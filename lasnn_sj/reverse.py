@@ -20,10 +20,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from . import checkpoint, models
+from .checkpoint import check_settings
+from .evaluation import evaluate
 from .neurons import accelerate
 from .objectives import CrossEntropy, DefaultKD, Objective, SparseKD
 from .pruning import prune_magnitude
-from .trainer import LaSNNTrainer, check_settings, evaluate
+from .trainer import LaSNNTrainer
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ LEVELS = [
         "events",
     },
     {"conversion"},
+    {"evaluation"},
     {"trainer", "report"},
     {"pipeline", "reverse"},
     {"experiments"},

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.attention import activation_map, gradient_map, spike_activation_map
-from lasnn_sj.objectives import attention_loss
+from lasnn_sj.evaluation import evaluate
+from lasnn_sj.objectives import BatchError, attention_loss, class_scores
 from lasnn_sj.taps import TapError
-from lasnn_sj.trainer import BatchError, class_scores, evaluate
 
 K = 4
 
