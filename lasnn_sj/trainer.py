@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import attention, checkpoint, objectives, taps
 from .checkpoint import check_settings
@@ -152,7 +153,7 @@ class LaSNNTrainer:
             dynamic_ncols=True,
         )  # fmt: skip
         try:
-            with bar:
+            with bar, logging_redirect_tqdm():
                 for epoch in range(done + 1, epochs + 1):
                     bar.set_description(f"epoch {epoch}/{epochs}")
                     row = self._train_epoch(epoch, train_loader, bar)
