@@ -242,6 +242,8 @@ class EventFrames(Dataset):
         path = self.recordings.data[index]
         try:
             events, _ = self.recordings[index]
+        except ImportError:  # of a format's reader; not the recording's fault
+            raise
         except Exception as error:  # each format's reader raises its own kinds
             raise RecordingError(
                 f"recording {path} cannot be read ({type(error).__name__}: {error}); unpack it again from "
@@ -338,11 +340,11 @@ def load(
     """
     if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    framing = framing or Framing()
-    sets, kind = _tonic_sets(name, Path(root))
+    root, framing = Path(root).expanduser(), framing or Framing()
+    sets, kind = _tonic_sets(name, root)
     size = -(-kind.sensor_size[0] // framing.shrink)
     change = Augment(FLIPS[name], shift=size // 16, cutout=size // 8) if augment else None
-    folder = Path(root) / "frames" if cache is None else Path(cache)
+    folder = root / "frames" if cache is None else Path(cache)
     train, test = (
         EventFrames(recordings, indices, name, framing, folder, change if role == 0 else None)
         for role, (recordings, indices) in enumerate(sets)

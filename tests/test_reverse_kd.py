@@ -1,8 +1,9 @@
 """Objectives of reverse distillation: numbers by hand, limits, the published formula, and training."""
 
 import copy
-import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,4 +392,18 @@ def test_the_table_by_hand(tmp_path):
     assert reverse.title("sparse 0") == "self-KD (teacher not pruned)"
     reverse.write_csv(tmp_path / "table.csv", runs)
     assert (tmp_path / "table.csv").read_text().splitlines()[2] == "0,sparse 0.3,40.0,52.0,,,2"
-    json.dumps(runs)
+
+
+@pytest.mark.parametrize(("name", "recipe", "T"), [
+    ("sparse_kd_cifar100", ("sgd", 0.1, 5e-4, 128, 200), 4),
+    ("default_kd_cifar100", ("sgd", 0.1, 5e-4, 128, 200), 4),
+    ("reverse_kd_dvs_gesture", ("adam", 1e-3, 0.0, 16, 200), 16),
+])  # fmt: skip
+def test_the_examples_have_the_papers_settings(name, recipe, T):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
+    run, laptop = example["PAPER"], example["LAPTOP"]
+    r = run.recipe
+    assert (r.optimizer, r.lr, r.weight_decay, r.batch, r.epochs) == recipe
+    assert (r.width, getattr(run, "T", None) or run.framing.T) == (1.0, T)
+    assert laptop.recipe.width < 1
+    assert len(laptop.seeds) == 3
