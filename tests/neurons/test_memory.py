@@ -38,8 +38,8 @@ def count_faults(results) -> None:
 
 @linux
 def test_kept_memory_is_mapped_once():
-    # in a process of its own, since it holds for the whole process
-    context = multiprocessing.get_context("fork")
+    # in a fresh process, since it holds for the whole process and may have been asked for already
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=count_faults, args=(results,))
     process.start()
