@@ -190,12 +190,14 @@ class Signals:
         labels: ``[N]``, whole numbers in [0, K).
         inputs: what the student was given, ``[T, N, ...]`` for a spiking one.
         teacher_logits: ``[N, K]`` of the trainer's teacher, ``None`` without one.
+        outputs: what the student gave, ``[T, N, K]`` for a spiking one.
     """
 
     scores: Tensor
     labels: Tensor
     inputs: Tensor | None = None
     teacher_logits: Tensor | None = None
+    outputs: Tensor | None = None
 
 
 class Objective(Protocol):

@@ -185,7 +185,8 @@ class LaSNNTrainer:
             with self._student_taps or nullcontext():
                 outputs = self.student(x)
                 student_maps = self._student_maps()
-            signals = objectives.Signals(class_scores(outputs, len(labels), self.readout), labels, x)
+            scores = class_scores(outputs, len(labels), self.readout)
+            signals = objectives.Signals(scores, labels, x, outputs=outputs)
             signals.teacher_logits, teacher_maps = self._ask_teacher(images, labels)
             parts = self.objective(signals)
             if self.attention:
