@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -26,7 +26,8 @@ def evaluate(
     readout: Literal["auto", "last", "mean"] = "auto",
     device: torch.device | str | None = None,
     chunk: int | None = None,
-) -> dict[str, float]:
+    over_time: bool = False,
+) -> dict[str, float | list[float]]:
     """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
 
     Args:
@@ -38,16 +39,19 @@ def evaluate(
         chunk: time steps held in memory at once, all if not given. For networks whose layers carry their
             state from step to step, as those of :mod:`lasnn_sj.models` do; layers that look at the whole
             sequence need it whole.
+        over_time: also say what the accuracy would be if the network were stopped after each step.
 
     Returns:
-        ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``.
+        ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``; with ``over_time``
+        also ``top1_over_time``, the ``T`` values of ``top1`` after step 1 to ``T``, from the same pass.
 
     Raises:
         BatchError: an empty loader or a batch that cannot be used.
+        ValueError: ``over_time`` for a network that gives no scores of single steps.
     """
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
-    training, loss, correct = model.training, MeanMetric().to(device), None
+    training, loss, correct, hits = model.training, MeanMetric().to(device), None, 0
     model.eval()
     functional.reset_net(model)
     try:
@@ -55,10 +59,12 @@ def evaluate(
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)
-            scores = _scores(model, images, len(labels), encoder, readout, chunk)
+            scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, over_time)
             functional.reset_net(model)
             check_labels(labels, scores.shape[1], where)
             labels = labels.to(device)
+            if over_time:
+                hits = hits + (steps.argmax(2) == labels).sum(1)
             if correct is None:
                 correct = MulticlassAccuracy(scores.shape[1], average="micro").to(device)
             correct.update(scores, labels)
@@ -69,7 +75,19 @@ def evaluate(
     if correct is None:
         raise BatchError("the evaluation loader gave no batch")
     samples = int(loss.weight.item())
-    return {"loss": loss.compute().item(), "top1": 100 * correct.compute().item(), "samples": samples}
+    result = {"loss": loss.compute().item(), "top1": 100 * correct.compute().item(), "samples": samples}
+    if over_time:
+        result["top1_over_time"] = (100 * hits / samples).tolist()
+    return result
+
+
+def encoded_pieces(encoder: nn.Module | None, images: Tensor, chunk: int | None) -> Iterator[Tensor]:
+    """A batch as its network takes it, in pieces of at most ``chunk`` time steps where it is encoded."""
+    if encoder is None or chunk is None or chunk >= encoder.T:
+        yield images if encoder is None else encoder(images)
+        return
+    for start in range(0, encoder.T, chunk):
+        yield encoder.steps(images, min(chunk, encoder.T - start))
 
 
 def _scores(
@@ -79,15 +97,36 @@ def _scores(
     encoder: nn.Module | None,
     readout: str,
     chunk: int | None,
-) -> Tensor:
-    if encoder is None or chunk is None or chunk >= encoder.T:
-        return class_scores(model(images if encoder is None else encoder(images)), batch, readout)
-    total, left = 0.0, encoder.T
-    while left:
-        steps = min(chunk, left)
-        scores = class_scores(model(encoder.steps(images, steps)), batch, readout)
-        total, left = total + scores * steps, left - steps
-    return scores if readout == "last" else total / encoder.T
+    over_time: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Class scores ``[N, K]``; with ``over_time`` also those after each step, ``[T, N, K]``."""
+    total, T, so_far = 0.0, 0, []
+    for piece in encoded_pieces(encoder, images, chunk):
+        outputs = model(piece)
+        scores = class_scores(outputs, batch, readout)
+        if over_time:
+            if outputs.dim() != 3:
+                raise ValueError(
+                    f"over_time needs a network that gives scores of every step, [T, N, K], "
+                    f"{type(model).__name__} gives {tuple(outputs.shape)}"
+                )
+            # of a mean the sum up to each step: it has the same largest class
+            so_far.append(outputs if readout == "last" else outputs.cumsum(0) + total)
+        total, T = total + scores * len(piece), T + len(piece)
+    return scores if readout == "last" else total / T, torch.cat(so_far) if over_time else None
+
+
+def accuracy_over_time(
+    model: nn.Module,
+    loader: Iterable,
+    encoder: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    chunk: int | None = None,
+) -> list[float]:
+    """Top-1 accuracy in percent after step 1, 2, ..., ``T``, from one pass; see :func:`evaluate`."""
+    result = evaluate(model, loader, encoder, device=device, chunk=chunk, over_time=True)
+    return result["top1_over_time"]
 
 
 def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ LEVELS = [
     },
     {"conversion"},
     {"evaluation"},
+    {"activity"},
     {"trainer", "report"},
     {"pipeline", "reverse"},
     {"experiments"},
