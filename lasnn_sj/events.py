@@ -398,6 +398,15 @@ def _tenths(recordings: Dataset) -> list[tuple[Dataset, list[int]]]:
     return [(recordings, train), (recordings, test)]
 
 
+def picture(counts: np.ndarray) -> np.ndarray:
+    """Event counts ``[n, 2, H, W]`` as colours ``[n, H, W, 3]``, uint8: brighter red, darker blue."""
+    # the few busiest pixels would leave all others white
+    bright = max(float(np.quantile(counts[counts > 0], 0.95)) if counts.any() else 1.0, 1.0)
+    off, on = np.clip(counts / bright, 0, 1).swapaxes(0, 1)
+    colours = np.stack([1 - off, 1 - np.maximum(on, off), 1 - on], axis=-1)
+    return (255 * colours).round().astype(np.uint8)
+
+
 def draw(
     frames: Tensor | np.ndarray, folder: str | Path, name: str = "events", frame_ms: int = 100
 ) -> tuple[Path, Path]:
@@ -420,12 +429,8 @@ def draw(
     counts = np.asarray(frames, dtype=np.float64)
     if counts.ndim != 4 or counts.shape[1] != 2 or not counts.size:
         raise ValueError(f"frames must be [T, 2, H, W] with T >= 1, got shape {counts.shape}")
-    # the few busiest pixels would leave all others white
-    bright = max(float(np.quantile(counts[counts > 0], 0.95)) if counts.any() else 1.0, 1.0)
-    off, on = np.clip(counts / bright, 0, 1).swapaxes(0, 1)
-    colours = np.stack([1 - off, 1 - np.maximum(on, off), 1 - on], axis=-1)
     scale = -(-96 // counts.shape[-1])
-    pixels = (255 * colours).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = picture(counts).repeat(scale, axis=1).repeat(scale, axis=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     strip, animation = folder / f"{name}.png", folder / f"{name}.gif"

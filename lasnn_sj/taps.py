@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,29 @@ def _three_levels(sizes: Sequence[tuple[int, int]]) -> list[int]:
     return [cuts[0] - 1, cuts[1] - 1, n - 1]
 
 
+def _levels(student: nn.Module, seen: Iterable[_Seen]) -> list[_Seen]:
+    modules = dict(student.named_modules())
+    spiking = [e for e in seen if _is_neuron(modules[e.name]) and e.calls == 1]
+    if not spiking:
+        raise TapError(
+            f"{type(student).__name__} has no spiking layer with a feature map [T, N, C, H, W] to tap; "
+            f"name the pairs (student module, teacher module) yourself"
+        )
+    return [spiking[index] for index in _three_levels([e.size for e in spiking])]
+
+
+def choose_layers(student: nn.Module, encoded: Tensor) -> list[str]:
+    """The student's side of :func:`choose_pairs`, for a student without teacher: modules of the levels.
+
+    Raises:
+        TapError: the student has no spiking layer with a feature map.
+    """
+    functional.reset_net(student)
+    seen = _probe(student, encoded)
+    functional.reset_net(student)
+    return [entry.name for entry in _levels(student, seen)]
+
+
 def choose_pairs(
     student: nn.Module,
     teacher: nn.Module,
@@ -167,13 +190,7 @@ def choose_pairs(
     of_teacher = {entry.name: entry for entry in _probe(teacher, images)}
     if names is not None:
         return [_named_pair(student, teacher, of_student, of_teacher, *pair) for pair in names]
-    modules = dict(student.named_modules())
-    spiking = [e for e in of_student.values() if _is_neuron(modules[e.name]) and e.calls == 1]
-    if not spiking:
-        raise TapError(
-            f"{type(student).__name__} has no spiking layer with a feature map [T, N, C, H, W] to tap; "
-            f"name the pairs (student module, teacher module) yourself"
-        )
+    levels = _levels(student, of_student.values())
     candidates = [e for e in of_teacher.values() if e.calls == 1 and e.activation]
     if not candidates:  # a teacher with functional activations: what its blocks give out is not negative
         once = [e for e in of_teacher.values() if e.calls == 1]
@@ -184,8 +201,7 @@ def choose_pairs(
             f"name the pairs (student module, teacher module) yourself"
         )
     pairs = []
-    for index in _three_levels([e.size for e in spiking]):
-        mine = spiking[index]
+    for mine in levels:
 
         def distance(entry: _Seen, mine: _Seen = mine) -> float:
             return abs(math.log(entry.size[0] * entry.size[1] / (mine.size[0] * mine.size[1])))
