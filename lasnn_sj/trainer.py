@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import attention, checkpoint, objectives, taps
+from . import attention, checkpoint, inspection, objectives, taps
 from .checkpoint import check_settings
 from .evaluation import batch_axis, check_batch, check_labels, device_of, evaluate
 from .objectives import BatchError, class_scores, resolve_readout
@@ -205,6 +205,15 @@ class LaSNNTrainer:
     def evaluate(self, loader: Iterable) -> dict[str, float]:
         """Loss and accuracy of the student; see :func:`evaluate`."""
         return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
+
+    def inspect(self, loader: Iterable) -> Path:
+        """Write what a report shows of the student into the run folder; see :func:`inspection.inspect`."""
+        if self.run_dir is None:
+            raise ValueError("inspect writes into the run folder; give the trainer a run_dir")
+        return inspection.inspect(
+            self.student, self.teacher, self._names, loader, self.encoder, self.run_dir, device=self.device,
+            attention=self.attention or "activation", readout=self.readout, seed=self.seed,
+        )  # fmt: skip
 
     def _student_maps(self) -> list[Tensor]:
         if not self.attention:

@@ -1,0 +1,340 @@
+"""What a trained student does on test images, written so that a report needs neither network nor data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+
+from . import checkpoint, events, taps
+from .activity import spike_statistics
+from .attention import activation_map, gradient_map, spike_map
+from .energy import COST, count_operations
+from .evaluation import batch_axis, check_batch, device_of, evaluate
+from .neurons import backend
+from .objectives import BatchError, class_scores, resolve_readout
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; to be raised when their meaning changes
+COUNTED = 32  # samples on which operations are counted
+PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "numba", "tonic", "timm", "cupy-cuda12x",
+            "cupy-cuda13x")  # fmt: skip
+
+
+def inspect(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    pairs: Sequence[tuple[str, str]] | None,
+    loader: Iterable,
+    encoder: nn.Module | None,
+    run_dir: str | Path,
+    *,
+    attention: Literal["activation", "gradient"] = "activation",
+    readout: Literal["auto", "last", "mean"] = "auto",
+    examples: int = 8,
+    samples: int = 2000,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> Path:
+    """Look at a trained student and write ``inspection.json`` and ``inspection.npz`` into its run folder.
+
+    The first holds accuracy after each time step, operations and energy by then beside the same network's
+    as ANN, firing rate, spikes and threshold of each layer, and versions, hardware and command line. The
+    second holds, for some samples that the student gets right and some that it gets wrong, the input as a
+    picture and the attention maps of both networks at each level, L2-normalised (Eq. 5-6, 10-11).
+
+    Networks and random generators are left as they were.
+
+    Args:
+        student: spiking network in multi-step mode.
+        teacher: images to logits; without one there are only the student's maps.
+        pairs: ``(student module, teacher module)`` of each level; chosen as in training if not given.
+        loader: test batches ``(images, labels)``, gone through about three times.
+        encoder: gives the student's input its time axis; ``None`` for event frames ``[T, N, ...]``.
+        run_dir: made if it is not there.
+        attention: which maps.
+        readout: as for :class:`~lasnn_sj.LaSNNTrainer`.
+        examples: samples whose maps are kept; half of them wrong ones, as far as there are.
+        samples: how many samples spikes are counted and examples are sought in.
+        device: the student's if not given.
+        seed: of the run, written down.
+
+    Returns:
+        Path of ``inspection.json``.
+
+    Raises:
+        BatchError: an empty loader or a batch that cannot be used.
+        ValueError: an input without time axis, or a student without neurons.
+        TapError: pairs that were given and cannot be tapped.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(device) if device is not None else device_of(student)
+    readout = resolve_readout(student, readout)
+    with _kept_as_they_were(student, teacher, encoder):
+        batch = next(iter(loader), None)
+        if batch is None:
+            raise BatchError("the loader for the inspection gave no batch")
+        images, labels = check_batch(batch, "inspection batch 0")
+        axis = batch_axis(images, labels)
+        if encoder is None and axis == 0:
+            raise ValueError(
+                f"inspect looks at spiking networks: give an encoder for images {tuple(images.shape)}, or "
+                f"event frames [T, N, C, H, W]"
+            )
+        small = images.narrow(axis, 0, min(COUNTED, len(labels))).to(device)
+        encoded = small if encoder is None else encoder(small)
+        with torch.no_grad():
+            every_step = student(encoded).dim() == 3
+        operations = count_operations(student, encoded, events=encoder is None)
+        result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step)
+        seen = spike_statistics(student, loader, encoder, samples, device=device)
+        levels, missing = _levels(
+            student, teacher, pairs, encoded[:, :2], small.narrow(axis, 0, min(2, small.shape[axis]))
+        )
+        chosen, arrays = _examples(
+            student, teacher, levels, loader, encoder, attention, readout, examples, samples, device
+        )
+    modules = dict(student.named_modules())
+    found = {
+        "format": FORMAT,
+        "student": type(student).__name__,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "teacher": None if teacher is None else type(teacher).__name__,
+        "encoder": repr(encoder),
+        "T": seen.T,
+        "readout": readout,
+        "seed": seed,
+        "top1": result["top1"],
+        "loss": result["loss"],
+        "samples": result["samples"],
+        "top1_over_time": result.get("top1_over_time"),
+        "spikes_per_neuron": seen.mean,
+        "spike_samples": seen.samples,
+        "layers": [
+            {
+                "name": name,
+                "neurons": seen.neurons[name],
+                "spikes_per_neuron": spikes,
+                "firing_rate": spikes / seen.T,
+                "v_threshold": _number(getattr(modules[name], "v_threshold", None)),
+            }
+            for name, spikes in seen.spikes_per_neuron.items()
+        ],
+        "operations": asdict(operations)
+        | {
+            "energy_pj": operations.energy_pj,
+            "ann_energy_pj": operations.ann_energy_pj,
+            "pj_per_synop": COST.e_ac_pj,
+            "pj_per_mac": COST.e_mac_pj,
+        },
+        "attention": attention,
+        "levels": levels,
+        "examples": chosen,
+        "missing": missing,
+        "environment": environment(device),
+    }
+    _write(folder / "inspection.npz", lambda file: np.savez_compressed(file, **arrays))
+    text = json.dumps(found, indent=1) + "\n"
+    path = folder / "inspection.json"
+    _write(path, lambda file: file.write(text.encode()))
+    log.info("inspection of %s: top-1 %.2f %%, %s", folder, result["top1"], path)
+    return path
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, object]:
+    """Versions, hardware, command line, date and what runs the neurons, as JSON can hold them."""
+    versions = {"python": platform.python_version()}
+    for package in ("lasnn-sj", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    hardware = {"system": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
+    hardware["cores"] = os.cpu_count()
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        hardware["gpu"] = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+        versions["cuda"] = torch.version.cuda
+    choice = backend(device)
+    return {
+        "versions": versions,
+        "hardware": hardware | {"device": str(device)},
+        "neurons": f"{choice.name} ({choice.reason})",
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def _kept_as_they_were(
+    student: nn.Module, teacher: nn.Module | None, encoder: nn.Module | None
+) -> Iterator[None]:
+    """Evaluation mode inside; modes, neurons' states and random generators of before outside."""
+    random_state = checkpoint.random_state()
+    generator = getattr(encoder, "generator", None)
+    generator_state = None if generator is None else generator.get_state()
+    networks = [student] if teacher is None else [student, teacher]
+    training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+        functional.reset_net(network)
+    try:
+        yield
+    finally:
+        for network, mode in zip(networks, training):
+            functional.reset_net(network)
+            network.train(mode)
+        checkpoint.set_random_state(random_state)
+        if generator_state is not None:
+            generator.set_state(generator_state)
+
+
+def _levels(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    pairs: Sequence[tuple[str, str]] | None,
+    encoded: Tensor,
+    images: Tensor,
+) -> tuple[list[dict[str, str | None]], str | None]:
+    """Layers whose maps are shown, and why some maps are missing."""
+    missing = None
+    if teacher is not None:
+        try:
+            chosen = taps.choose_pairs(student, teacher, encoded, images, pairs)
+            return [{"student": p.student, "teacher": p.teacher} for p in chosen], None
+        except (taps.TapError, ValueError, RuntimeError) as error:
+            if pairs is not None:
+                raise
+            # a teacher of scores alone may take other input than images, or have no feature maps
+            missing = f"no attention maps of the teacher: {error}"
+    try:
+        names = taps.choose_layers(student, encoded)
+    except taps.TapError as error:
+        return [], f"no attention maps: {error}"
+    return [{"student": name, "teacher": None} for name in names], missing
+
+
+@torch.no_grad()
+def _examples(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    levels: Sequence[dict[str, str | None]],
+    loader: Iterable,
+    encoder: nn.Module | None,
+    attention: str,
+    readout: str,
+    examples: int,
+    samples: int,
+    device: torch.device,
+) -> tuple[list[dict[str, int | None]], dict[str, np.ndarray]]:
+    """The first samples that are right and the first that are wrong, with what is shown of them."""
+    what, finish = {
+        "activation": ("firing_rate", activation_map),
+        "gradient": ("activation_map", spike_map),
+    }[attention]
+    tapped = taps.StudentTaps(student, [level["student"] for level in levels], what)
+    kinds: dict[bool, list[tuple[dict, Tensor, list[Tensor]]]] = {True: [], False: []}
+    half, seen = examples // 2, 0
+    try:
+        for index, batch in enumerate(loader):
+            images, labels = check_batch(batch, f"inspection batch {index}")
+            axis = batch_axis(images, labels)
+            images = images.to(device)
+            with tapped:
+                outputs = student(images if encoder is None else encoder(images))
+                read = tapped.collect()
+            functional.reset_net(student)
+            maps = [finish(a).view(len(a), *a.shape[-2:]).cpu() for a in read]
+            guesses = class_scores(outputs, len(labels), readout).argmax(1).tolist()
+            for n, (label, guess) in enumerate(zip(labels.tolist(), guesses)):
+                kind = kinds[label == guess]
+                if len(kind) < examples:
+                    about = {"index": seen + n, "label": label, "prediction": guess, "teacher": None}
+                    kind.append((about, images.select(axis, n), [a[n] for a in maps]))
+            seen += len(labels)
+            if (len(kinds[False]) >= half and len(kinds[True]) >= examples - half) or seen >= samples:
+                break
+    finally:
+        tapped.close()
+    wrong = min(len(kinds[False]), max(half, examples - len(kinds[True])))
+    chosen = kinds[True][: examples - wrong] + kinds[False][:wrong]
+    abouts, inputs = [about for about, _, _ in chosen], torch.stack([x for _, x, _ in chosen], dim=axis)
+    arrays = {"inputs": _pictures(inputs, axis)}
+    for number in range(len(levels)):
+        arrays[f"student_{number}"] = torch.stack([maps[number] for _, _, maps in chosen]).float().numpy()
+    names = [level["teacher"] for level in levels if level["teacher"] is not None]
+    if names:
+        labels = torch.tensor([about["label"] for about in abouts], device=device)
+        guesses, maps = _ask_teacher(teacher, names, inputs, labels, attention)
+        for about, guess in zip(abouts, guesses):
+            about["teacher"] = guess
+        arrays |= {f"teacher_{number}": a.float().cpu().numpy() for number, a in enumerate(maps)}
+    return abouts, arrays
+
+
+def _ask_teacher(
+    teacher: nn.Module, names: Sequence[str], images: Tensor, labels: Tensor, attention: str
+) -> tuple[list[int], list[Tensor]]:
+    """The teacher's classes, and its map ``[N, H, W]`` of each layer, at the layer's own size."""
+    by_gradient = attention == "gradient"
+    tapped = taps.TeacherTaps(teacher, names, by_gradient)
+    try:
+        with tapped, torch.set_grad_enabled(by_gradient):
+            logits = teacher(images)
+            read = tapped.collect()
+            if by_gradient:
+                read = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), read)
+    finally:
+        tapped.close()
+    finish = gradient_map if by_gradient else activation_map
+    return logits.argmax(1).tolist(), [finish(a.detach()).view(len(a), *a.shape[-2:]) for a in read]
+
+
+def _pictures(images: Tensor, axis: int) -> np.ndarray:
+    """Images ``[N, C, H, W]`` or event frames ``[T, N, C, H, W]``, all steps in one, as colours, uint8."""
+    x = (images.sum(0) if axis == 1 else images).float().cpu().numpy()
+    if x.shape[1] == 2:
+        return events.picture(np.maximum(x, 0))
+    if x.shape[1] != 3:
+        x = x.mean(1, keepdims=True).repeat(3, axis=1)
+    low, high = (-1.0, 1.0) if np.abs(x).max(initial=0) <= 1 else (x.min(), x.max())
+    return (255 * (x - low) / max(high - low, 1e-12)).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _number(value: object) -> float | None:
+    """A threshold, where a layer has just one."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _write(path: Path, write) -> None:
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        write(file)
+    part.replace(path)
