@@ -10,48 +10,17 @@ no network give ``--source FILE.npz`` with the arrays x_train, y_train, x_test, 
 goes on when started again.
 """
 
-import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from lasnn_sj import data, models
-from lasnn_sj.neurons import keep_freed_memory
-from lasnn_sj.pipeline import Pipeline, Recipe, table
+from lasnn_sj.pipeline import Recipe
+from lasnn_sj.runs import LaSNN
 
-
-@dataclass(frozen=True)
-class Run:
-    """One table: the recipe's stages over some seeds.
-
-    Attributes:
-        recipe: networks and settings; its seed is replaced by each of ``seeds``.
-        source: "cifar10", or an .npz file.
-        root: folder of the downloaded data set.
-        train_images, test_images: how many of each, all if not given.
-        seeds: one run of all stages each.
-        run_dir: results, curves and checkpoints.
-        teacher_checkpoint: a trained ResNet-20 that takes the place of stage 1.
-        device: "cpu", "cuda", "cuda:1", ...
-    """
-
-    recipe: Recipe
-    source: str = "cifar10"
-    root: Path = Path("data")
-    train_images: int | None = None
-    test_images: int | None = None
-    seeds: tuple[int, ...] = (0,)
-    run_dir: Path = Path("runs/lasnn_cifar10")
-    teacher_checkpoint: Path | None = None
-    device: str = "cpu"
-
-
-PAPER = Run(Recipe(student="vgg5", teacher="vgg16"))
-LAPTOP = Run(
-    Recipe(
+PAPER = LaSNN(recipe=Recipe(student="vgg5", teacher="vgg16"), run_dir=Path("runs/lasnn_cifar10"))
+LAPTOP = LaSNN(
+    recipe=Recipe(
         student="conv3_linear2",
         width=0.5,
         T=8,
@@ -70,40 +39,14 @@ LAPTOP = Run(
         validate_every=10,
     ),
     train_images=5000,
+    run_dir=Path("runs/lasnn_cifar10"),
 )
 
 
-def ready_teacher(path: Path) -> torch.nn.Module:
-    """The published ResNet-20, which was trained on images normalised with ImageNet's statistics."""
-    net = models.teacher_resnet20(num_classes=10)
-    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
-    return models.WithStatistics(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).eval()
-
-
-def main(run: Run) -> None:
-    """Run the stages for every seed and print the table."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if run.device == "cpu":
-        keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
-    images = data.load(run.source, run.root).subset(run.train_images, run.test_images)
-    teacher = None if run.teacher_checkpoint is None else ready_teacher(run.teacher_checkpoint)
-    results = []
-    for seed in run.seeds:
-        recipe = dataclasses.replace(run.recipe, seed=seed)
-        folder = run.run_dir / f"seed{seed}"
-        results.append(Pipeline(recipe, images, folder, teacher=teacher, device=run.device).run())
-    text = table(run.recipe, results)
-    (run.run_dir / "table.md").write_text(text + "\n")
-    print(f"\n{run.recipe.student}, width {run.recipe.width}, {len(images.train)} training images\n{text}")
-
-
 if __name__ == "__main__":
-    main(
-        tyro.extras.overridable_config_cli(
-            {
-                "paper": ("The paper's settings.", PAPER),
-                "laptop": ("A small network and T, on two cores.", LAPTOP),
-            }
-        )
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    presets = {
+        "paper": ("The paper's settings.", PAPER),
+        "laptop": ("A small network and T, on two cores.", LAPTOP),
+    }
+    tyro.extras.overridable_config_cli(presets).run()

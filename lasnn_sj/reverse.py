@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from . import checkpoint, models
+from .activity import spike_statistics
 from .checkpoint import check_settings
+from .cost import Cost
 from .evaluation import evaluate
 from .neurons import accelerate
 from .objectives import CrossEntropy, DefaultKD, Objective, SparseKD
@@ -55,13 +56,20 @@ class Recipe:
     Attributes:
         student: network of :mod:`lasnn_sj.models`; teachers are pruned copies of it.
         width: factor of its channels.
-        epochs, batch, lr, weight_decay: of every training, with a cosine to 0 over the epochs.
+        epochs: of every training.
+        batch: samples of a training step.
+        lr: learning rate, with a cosine to 0 over the epochs.
+        weight_decay: of every training.
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adam"``.
         ratios: sparse-KD with teachers pruned this far; 0 is plain self-distillation.
         scope: ``"global"`` or ``"layer"``, what is ranked together when a teacher is pruned.
-        temperature, alpha: of sparse-KD.
+        temperature: of sparse-KD's softening.
+        alpha: weight of sparse-KD's distillation, in [0, 1].
         default: whether there is a row of teacher-default KD.
-        default_probability, default_temperature, default_alpha, default_soften: of teacher-default KD.
+        default_probability: the virtual teacher's, of the true class, above 1 / K.
+        default_temperature: of the virtual teacher's softening.
+        default_alpha: weight of teacher-default KD's distillation, in [0, 1].
+        default_soften: ``"probability"`` or ``"log"``, what of the virtual teacher is softened.
         seed: of weights and order of the samples; the same for every row.
         workers: processes that load samples.
     """
@@ -122,7 +130,9 @@ class Study:
     def run(self) -> dict[str, Result]:
         """Results by row: ``"alone"``, ``"sparse 0.1"``, ..., ``"default"``.
 
-        Each has ``top1`` in percent, ``seconds``, and for sparse-KD ``teacher_top1``.
+        Each has ``top1`` in percent, ``loss``, ``samples``, ``top1_over_time`` (after 1, 2, ..., ``T``
+        steps), ``spikes_per_neuron``, ``seconds`` (of the process that finished it), ``seconds_per_epoch``,
+        ``peak_memory_mib``, and for sparse-KD ``teacher_top1``.
         """
         results = {"alone": self._row("alone", CrossEntropy())}
         for ratio in self.recipe.ratios:
@@ -151,12 +161,23 @@ class Study:
         return self._row(row, SparseKD(teacher, self.recipe.temperature, self.recipe.alpha), accuracy)
 
     def _row(self, row: str, objective: Objective, teacher_top1: float | None = None) -> Result:
-        folder, r = self._folder(row), self.recipe
+        folder = self._folder(row)
         path = folder / "result.json"
         if path.exists():
             return json.loads(path.read_text())
         log.info("%s: %s", folder, objective)
-        start, net = time.perf_counter(), self._build()
+        with Cost(self.device) as cost:
+            result = self._train(folder, objective)
+        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
+        if teacher_top1 is not None:
+            result["teacher_top1"] = teacher_top1
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+        return result
+
+    def _train(self, folder: Path, objective: Objective) -> Result:
+        r, net = self.recipe, self._build()
         train, test = self.data.loaders(r.batch, r.workers, seed=r.seed)
         if r.optimizer == "sgd":
             optimizer = SGD(net.parameters(), lr=r.lr, momentum=0.9, weight_decay=r.weight_decay)
@@ -173,16 +194,13 @@ class Study:
             device=self.device,
             seed=r.seed,
         )
-        trainer.fit(train, epochs=r.epochs)
+        history = trainer.fit(train, epochs=r.epochs)
         weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
         save_file(weights, folder / "weights.safetensors")
-        result = trainer.evaluate(test) | {"seconds": time.perf_counter() - start}
-        if teacher_top1 is not None:
-            result["teacher_top1"] = teacher_top1
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)
-        return result
+        result = evaluate(net, test, self.encoder, device=self.device, over_time=True)
+        seen = spike_statistics(net, test, self.encoder, device=self.device)
+        per_epoch = statistics.median(row["seconds"] for row in history)
+        return result | {"spikes_per_neuron": seen.mean, "seconds_per_epoch": per_epoch}
 
     def _folder(self, row: str) -> Path:
         return self.run_dir / row.replace(" ", "_")

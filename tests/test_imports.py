@@ -19,20 +19,21 @@ LEVELS = [
         "models",
         "data",
         "checkpoint",
+        "config",
         "pruning",
         "distributed",
         "events",
         "cost",
         "energy",
     },
-    {"conversion"},
+    {"conversion", "export"},
     {"calibration"},
     {"evaluation"},
     {"activity"},
     {"inspection"},
     {"trainer", "report"},
     {"pipeline", "reverse"},
-    {"experiments"},
+    {"experiments", "runs"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -95,7 +96,8 @@ def test_imports_point_down(parts):
 
 @pytest.mark.parametrize("room", ["pipeline", "reverse", "experiments"])
 def test_only_the_command_line_imports(room):
-    assert {user.split(".")[0] for user in users_of(f"lasnn_sj.{room}")} <= {"__main__", "experiments"}
+    users = {user.split(".")[0] for user in users_of(f"lasnn_sj.{room}")}
+    assert users <= {"__main__", "experiments", "runs"}
 
 
 def test_tonic_is_imported_in_one_module_at_most():

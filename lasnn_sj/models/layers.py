@@ -147,6 +147,6 @@ def pooled_size(image_size: int, halvings: int) -> tuple[int, int]:
 def check_input(x: Tensor, spiking: bool) -> None:
     """Raise where a network is given the other form's input."""
     want, shape = (5, "[T, N, C, H, W]; encode images first") if spiking else (4, "[N, C, H, W]")
-    if x.dim() != want and not torch.jit.is_tracing():
+    if isinstance(x, Tensor) and x.dim() != want and not torch.jit.is_tracing():
         kind = "a spiking network" if spiking else "an ANN"
         raise ValueError(f"{kind} takes {shape}, got shape {tuple(x.shape)}")

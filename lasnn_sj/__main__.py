@@ -1,0 +1,198 @@
+"""The command line, ``python -m lasnn_sj`` or ``lasnn-sj``: each command imports what it needs itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import Positional
+
+PROG = "lasnn-sj"
+ABOUT = "Train spiking neural networks by distillation, and see what came out."
+PACKAGES = (
+    "torch", "torchvision", "spikingjelly", "numba", "numpy", "cupy-cuda12x", "cupy-cuda13x", "triton",
+    "tonic", "timm", "nir", "nirtorch", "safetensors", "tensorboard", "torchmetrics", "tyro",
+)  # fmt: skip
+
+
+def train(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> None:
+    """Train what a YAML file describes, print and write its table; a run that was cut off goes on.
+
+    ``lasnn-sj train CONFIG.yaml --help`` lists the file's options with units and values;
+    ``examples/configs/`` has a file for every network and method.
+
+    Args:
+        config: YAML file with ``method`` (lasnn, reverse or reverse-events), ``recipe``, ``run_dir``, ...
+        overrides: options in the file's place, such as ``--recipe.epochs 3 --device cuda``.
+    """
+    from . import runs
+
+    described = runs.read(config)
+    tyro.cli(type(described), default=described, args=overrides, prog=f"{PROG} train {config}").run()
+
+
+def evaluate(
+    run_dir: Positional[Path], rows: Positional[tuple[str, ...]] = (), device: str | None = None
+) -> None:
+    """Accuracy of a finished run's students on its test data.
+
+    Args:
+        run_dir: folder of a run that ``train`` or an example made.
+        rows: which of its students, such as lasnn, hybrid, alone, "sparse 0.3"; the run's own if not given.
+        device: "cpu", "cuda", ...; the run's if not given.
+    """
+    import dataclasses
+
+    from . import runs
+
+    run, seeds = runs.open_folder(run_dir)
+    run = dataclasses.replace(run, device=device or run.device)
+    print("seed  row                  top-1 %   loss     samples")
+    for seed in seeds:
+        for row in rows or run.own_rows(seed):
+            result = run.evaluate(seed, row)
+            print(f"{seed:<5} {row:<20} {result['top1']:<9.2f} {result['loss']:<8.4f} {result['samples']}")
+
+
+def reproduce(
+    table: Positional[str],
+    rows: tuple[str, ...] | None = None,
+    scale: Literal["small", "paper"] = "small",
+    seeds: int = 3,
+) -> None:
+    """Train the rows of one of the papers' tables or figures.
+
+    Args:
+        table: its name; an unknown one lists those there are.
+        rows: some of its rows, all if not given.
+        scale: ``small`` for networks and data that two cores can train, ``paper`` for the paper's settings.
+        seeds: how many runs of each row.
+    """
+    from . import experiments
+
+    experiments.reproduce(table, rows=rows, scale=scale, seeds=seeds)
+
+
+def report(run_dirs: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """Write one HTML page about a run, or one that compares several.
+
+    Args:
+        run_dirs: folders of the runs.
+        out: file to write, ``report.html`` in the first folder if not given.
+    """
+    from .report import report as write
+
+    print(write(run_dirs, out))
+
+
+def export(
+    run_dir: Positional[Path], out: Positional[Path], row: str | None = None, seed: int | None = None
+) -> None:
+    """Write a finished run's student as NIR, for other simulators and neuromorphic hardware.
+
+    Needs neurons with hard reset, which the networks of reverse distillation have.
+
+    Args:
+        run_dir: folder of a run that ``train`` or an example made.
+        out: file to write, such as student.nir.
+        row: which of its students, the last of the run's own if not given.
+        seed: of which seed, the first if not given.
+    """
+    from . import export as nir_export
+    from . import runs
+
+    run, seeds = runs.open_folder(run_dir)
+    seed = seeds[0] if seed is None else seed
+    row = row or (run.own_rows(seed) or [""])[-1]
+    path = nir_export.save(run.student(seed, row), out, run.sample_shape)
+    print(f"{path}: {row} of seed {seed}, input {list(run.sample_shape)} at each step")
+
+
+def info() -> None:
+    """Versions, devices, what runs the neurons' time loop and why not something faster, places of caches."""
+    from . import __version__
+
+    def installed(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    print(f"lasnn-sj {__version__}, Python {platform.python_version()}, {system}\n\nversions", flush=True)
+    for package in PACKAGES:
+        print(f"  {package:<14} {installed(package)}")
+    sys.stdout.flush()  # what follows takes seconds to import
+
+    import torch
+
+    from . import neurons
+
+    print("\ndevices")
+    print(f"  cpu            {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        print(f"  cuda:{index}         {device.name}, {device.total_memory / 2**30:.0f} GiB, "
+              f"compute capability {device.major}.{device.minor}")  # fmt: skip
+    if not torch.cuda.is_available():
+        why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+        print(f"  cuda           none: this PyTorch {why}")
+    print("\nneurons' time loop")
+    for device in ("cpu", "cuda"):
+        choice = neurons.backend(device)
+        absent = "" if device == "cpu" or torch.cuda.is_available() else "no device here; would be "
+        print(f"  {device:<14} {absent}{choice.name}: {choice.reason}")
+    home = Path.home()
+    kernels = Path(neurons.__file__).parent / "__pycache__"
+    hub = (
+        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", home / ".cache/huggingface")) / "hub"
+    )
+    print("\ncaches")
+    print(f"  CPU kernels    {os.environ.get('NUMBA_CACHE_DIR') or kernels}")
+    print(f"  CUDA kernels   {os.environ.get('CUPY_CACHE_DIR') or home / '.cupy/kernel_cache'}")
+    print(f"  torchvision    {torch.hub.get_dir()}")
+    print(f"  timm           {hub}")
+    print("  event frames   frames in a configuration's root (or its cache)")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "reproduce": reproduce,
+    "report": report,
+    "export": export,
+    "info": info,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; what our own checks refuse is printed without a traceback, and the exit status is 1."""
+    args = list(sys.argv[1:] if args is None else args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
+            train(Path(args[1]), tuple(args[2:]))  # the rest are options of the file's method
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, prog=PROG, description=ABOUT)
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"{PROG}: {error}")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it, for people to read; a foreign error needs its traceback."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).parent in raised_in.parents
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""YAML files as typed dataclasses: what is wrong in a file is named by its key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file and the key."""
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; nothing in the file is run.
+
+    Raises:
+        ConfigError: not there, not YAML, or no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"{path} is not there" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(mapping).__name__}")
+    return mapping
+
+
+def write(path: str | Path, mapping: dict[str, Any]) -> None:
+    """A mapping as YAML, in its order, complete or not there."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(yaml.safe_dump(mapping, sort_keys=False))
+    part.replace(path)
+
+
+def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") -> T:
+    """A dataclass from a mapping, nested ones too.
+
+    Args:
+        kind: the dataclass; its fields may be numbers, text, paths, ``Literal``, tuples of one type, other
+            dataclasses, and unions of those.
+        mapping: values by field name; a field without default must be there.
+        where: named first in messages, such as the file.
+        prefix: of the keys in messages.
+
+    Raises:
+        ConfigError: an unknown or missing key (with the nearest known one), or a value of another type.
+    """
+    hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for key, value in mapping.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_nearest(kind, str(key), prefix)}")
+        values[key] = _value(hints[key], value, where, prefix + key)
+    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(prefix + name for name in missing)} must be given")
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {prefix}{error}") from error
+
+
+def plain(value: object) -> Any:
+    """What :func:`build` reads, from a dataclass: mappings, lists, numbers and text."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``"; did you mean X?"`` where a known name is near, else ``"; known are ..."``."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _nearest(kind: type, key: str, prefix: str) -> str:
+    own = [field.name for field in dataclasses.fields(kind)]
+    if difflib.get_close_matches(key, own, n=1, cutoff=0.6):
+        return nearest(key, own).replace("mean ", f"mean {prefix}", 1)
+    below = [name for name in _dotted(kind) if name.rpartition(".")[2] == key]  # right, one level too high
+    return f"; did you mean {prefix}{below[0]}?" if below else nearest(key, own)
+
+
+def _dotted(kind: type) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        yield field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from (f"{field.name}.{inner}" for inner in _dotted(hints[field.name]))
+
+
+def _value(kind: Any, value: Any, where: str, key: str) -> Any:
+    """``value`` as the type ``kind``."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} must hold keys and values of its own, got {value!r}")
+        return build(kind, value, where, f"{key}.")
+    if get_origin(kind) in (Union, types.UnionType):
+        for choice in get_args(kind):
+            try:
+                return _value(choice, value, where, key)
+            except ConfigError:
+                continue
+        raise _wrong(kind, value, where, key)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: {key} must be a list, as [{value}], got {value!r}")
+        (item, _) = get_args(kind)
+        return tuple(_value(item, part, where, f"{key}[{index}]") for index, part in enumerate(value))
+    fits = {
+        types.NoneType: value is None,
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and not isinstance(value, bool),
+        str: isinstance(value, str),
+        Path: isinstance(value, str),
+    }
+    if get_origin(kind) is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
+            return value
+    elif kind is float:
+        number = _number(value)
+        if number is not None:
+            return number
+    elif fits[kind]:
+        return Path(value) if kind is Path else value
+    raise _wrong(kind, value, where, key)
+
+
+def _number(value: Any) -> float | None:
+    # YAML 1.1, which PyYAML reads, takes 1e-4 for text: it wants a point in a number
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _wrong(kind: Any, value: Any, where: str, key: str) -> ConfigError:
+    words = " or ".join(_words(kind))
+    choices = [str(choice) for part in (kind, *get_args(kind)) for choice in _choices(part)]
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return ConfigError(
+        f"{where}: {key} must be {words}, got {value!r}" + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+def _choices(kind: Any) -> tuple:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _words(kind: Any) -> Iterator[str]:
+    if get_origin(kind) in (Union, types.UnionType):
+        for choice in get_args(kind):
+            yield from _words(choice)
+    elif get_origin(kind) is Literal:
+        yield from (repr(choice) for choice in get_args(kind))
+    elif kind is types.NoneType:
+        yield "null"
+    else:
+        yield _WORDS[kind]
