@@ -44,7 +44,7 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
         ConversionError: a bias, batch norm, max pooling, another nonlinearity, a ReLU module in two places,
             a layer without multi-step form, or no ReLU at all.
     """
-    _check(ann)
+    check_convertible(ann)
     body = copy.deepcopy(ann)
     forms: dict[nn.Module, nn.Module | None] = {}
     for name, module in list(body.named_modules(remove_duplicate=False)):
@@ -69,23 +69,20 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
     return snn
 
 
-def _check(ann: nn.Module) -> None:
+def check_convertible(ann: nn.Module, normalised: bool = False) -> None:
+    """Raise :class:`ConversionError` where a network holds what spiking neurons cannot do.
+
+    Args:
+        ann: the network.
+        normalised: allow batch norm and biases, and layers without multi-step form.
+    """
     relus: dict[nn.Module, str] = {}
     for name, module in ann.named_modules(remove_duplicate=False):
         where = f"layer '{name}' ({type(module).__name__})"
-        if isinstance(module, _NORMS):
-            raise ConversionError(
-                f"{where} normalises, which a spiking layer without bias cannot do: train the "
-                f"intermediate ANN without normalisation (see lasnn_sj.models)"
-            )
         if isinstance(module, _MAX_POOLS):
             raise ConversionError(
                 f"{where} takes a maximum, which loses information on spikes: use average pooling "
                 f"(nn.AvgPool2d) and train the ANN with it"
-            )
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module.bias is not None:
-            raise ConversionError(
-                f"{where} has a bias, which threshold balancing cannot scale: train the ANN with bias=False"
             )
         if isinstance(module, nn.ReLU):
             if module in relus:
@@ -98,15 +95,30 @@ def _check(ann: nn.Module) -> None:
             raise ConversionError(f"{where} cannot be a spiking neuron: train the ANN with nn.ReLU")
         elif isinstance(module, base.MemoryModule) and not isinstance(module, layer.Dropout):
             raise ConversionError(f"{where} is a spiking layer already: convert takes an ANN")
-        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not (
-            type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, base.StepModule)
-        ):
-            raise ConversionError(f"{where} has no multi-step form: use nn.Conv2d and nn.Linear themselves")
+        elif not normalised:
+            _check_plain(module, where)
     if not relus:
         raise ConversionError(
             f"{type(ann).__name__} has no nn.ReLU module to turn into neurons; a functional F.relu cannot "
             f"be seen, use one nn.ReLU module for each use"
         )
+
+
+def _check_plain(module: nn.Module, where: str) -> None:
+    """What threshold balancing cannot do besides."""
+    if isinstance(module, _NORMS):
+        raise ConversionError(
+            f"{where} normalises, which a spiking layer without bias cannot do: train the "
+            f"intermediate ANN without normalisation (see lasnn_sj.models)"
+        )
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return
+    if module.bias is not None:
+        raise ConversionError(
+            f"{where} has a bias, which threshold balancing cannot scale: train the ANN with bias=False"
+        )
+    if not (type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, base.StepModule)):
+        raise ConversionError(f"{where} has no multi-step form: use nn.Conv2d and nn.Linear themselves")
 
 
 def _spiking_form(module: nn.Module, leak: float) -> nn.Module | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,12 +17,16 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
 from . import checkpoint, models
+from .activity import spike_statistics
+from .calibration import calibrate
 from .checkpoint import check_settings
 from .conversion import balance_thresholds, convert
+from .cost import Cost
 from .data import ImageData
 from .encoding import DirectEncoder, PoissonEncoder
 from .evaluation import evaluate
 from .neurons import LinearSurrogate, TimeLoopNode
+from .objectives import CrossEntropy, LabelKD, Objective, SpikeKD
 from .trainer import LaSNNTrainer
 
 log = logging.getLogger(__name__)
@@ -35,8 +38,11 @@ TITLES = {
     "ann": "intermediate ANN",
     "converted": "converted, T = {T}",
     "converted_10T": "converted, T = {T10}",
+    "calibrated": "calibrated, T = {T}",
     "start": "thresholds x {scale}, T = {T}",
     "hybrid": "hybrid (CE only), T = {T}",
+    "label_kd": "label distillation, T = {T}",
+    "spike_kd": "spike-based KD (approximation), T = {T}",
     "lasnn": "LaSNN, T = {T}",
 }
 
@@ -106,7 +112,14 @@ class Pipeline:
         run_dir: each stage has a folder here with its checkpoints, curves and ``result.json``; a stage
             whose result is there is not run again, a stage that was cut off goes on.
         teacher: a ready teacher instead of stage 1's, taking images in [-1, 1].
+        ann: a ready intermediate ANN, the recipe's ``student`` with ReLU, instead of stage 2's.
+        snn_teacher: what teaches in the stage ``"spike_kd"``, a trained SNN for the recipe's encoding.
         device: where to run.
+
+    The stages are those of :data:`STAGES`, which :meth:`run` runs by itself, and the baselines
+    ``"calibrated"`` (:func:`~lasnn_sj.calibration.calibrate`, at the recipe's ``T``), ``"label_kd"``
+    (:class:`~lasnn_sj.objectives.LabelKD`) and ``"spike_kd"``
+    (:class:`~lasnn_sj.objectives.SpikeKD`), which have to be named.
 
     Raises:
         ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
@@ -118,12 +131,14 @@ class Pipeline:
         data: ImageData,
         run_dir: str | Path,
         teacher: nn.Module | None = None,
+        ann: nn.Module | None = None,
+        snn_teacher: nn.Module | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.recipe, self.data, self.device = recipe, data, torch.device(device)
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._given = teacher
+        self._given, self._ann, self._snn_teacher = teacher, ann, snn_teacher
         check_settings(
             self.run_dir / "recipe.json",
             asdict(recipe)
@@ -131,15 +146,20 @@ class Pipeline:
                 "data": data.name,
                 "train_images": len(data.train),
                 "test_images": len(data.test),
-                "given_teacher": None if teacher is None else type(teacher).__name__,
+                "given_ann": ann is not None,
             },
         )
 
     def run(self, stages: Sequence[str] = STAGES) -> dict[str, dict[str, float]]:
-        """Results of the stages by name, ``top1`` in percent and ``seconds`` among them."""
-        unknown = [stage for stage in stages if stage not in STAGES]
+        """Results of the stages by name.
+
+        Each has ``top1`` in percent, ``loss``, ``samples``, ``seconds`` (of the process that finished it)
+        and ``peak_memory_mib``; a trained one ``seconds_per_epoch``; an SNN ``top1_over_time`` (after 1,
+        2, ..., ``T`` steps), ``spikes_per_neuron`` and, by layer, ``spikes``.
+        """
+        unknown = [stage for stage in stages if stage not in TITLES]
         if unknown:
-            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+            raise ValueError(f"stages must be among {', '.join(TITLES)}, got {', '.join(unknown)}")
         return {stage: self._stage(stage) for stage in stages}
 
     def encoder(self, T: int | None = None) -> nn.Module:
@@ -151,12 +171,16 @@ class Pipeline:
 
     def teacher(self) -> nn.Module:
         """Stage 1's network, trained, or the one that was given."""
+        given = None if self._given is None else type(self._given).__name__
+        check_settings(self.run_dir / "teacher.json", {"given_teacher": given})
         self._stage("teacher")
         net = self._load("teacher", self._build_teacher()) if self._given is None else self._given
         return net.eval()
 
     def student(self, stage: str) -> nn.Module:
-        """The network of ``"ann"``, ``"converted"``, ``"start"``, ``"hybrid"`` or ``"lasnn"``."""
+        """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it."""
+        if stage == "ann" and self._ann is not None:
+            return self._ann.to(self.device)
         self._stage(stage)
         net = self._build_ann()
         return self._load(stage, net if stage == "ann" else self._to_snn(net))
@@ -167,9 +191,9 @@ class Pipeline:
             return json.loads(path.read_text())
         log.info("stage %s of %s", stage, self.run_dir)
         path.parent.mkdir(exist_ok=True)
-        start = time.perf_counter()
-        result = getattr(self, f"_run_{stage}")(path.parent)
-        result["seconds"] = time.perf_counter() - start
+        with Cost(self.device) as cost:
+            result = getattr(self, f"_run_{stage}")(path.parent)
+        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1) + "\n")
         part.replace(path)
@@ -187,6 +211,9 @@ class Pipeline:
 
     def _run_ann(self, folder: Path) -> dict[str, float]:
         r = self.recipe
+        if self._ann is not None:
+            _, test = self.data.loaders(r.ann_batch, r.workers)
+            return evaluate(self._ann, test, device=self.device)
         net = self._build_ann()
         result = self._train_ann(net, folder, r.ann_epochs, r.ann_lr, r.ann_batch)
         self._keep(folder, net)
@@ -204,12 +231,18 @@ class Pipeline:
             node.leak = 1.0
         self._keep(folder, snn)
         (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1) + "\n")
-        return evaluate(snn, test, self.encoder(), device=self.device)
+        return self._examine(snn, test)
 
     def _run_converted_10T(self, folder: Path) -> dict[str, float]:
         _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
-        encoder = self.encoder(10 * self.recipe.T)
-        return evaluate(self.student("converted"), test, encoder, device=self.device, chunk=CHUNK)
+        return self._examine(self.student("converted"), test, 10 * self.recipe.T)
+
+    def _run_calibrated(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        loader, test = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        images = next(iter(loader))[0].to(self.device)
+        snn = calibrate(self.student("ann"), images, self.encoder(), progress=True)
+        return self._examine(snn, test)
 
     def _run_start(self, folder: Path) -> dict[str, float]:
         r = self.recipe
@@ -222,15 +255,29 @@ class Pipeline:
                 module.skip_scale.div_(r.threshold_scale)
         self._keep(folder, snn)
         _, test = self.data.loaders(r.batch, r.workers)
-        return evaluate(snn, test, self.encoder(), device=self.device)
+        return self._examine(snn, test)
 
     def _run_hybrid(self, folder: Path) -> dict[str, float]:
-        return self._train_snn(folder, None)
+        return self._train_snn(folder, CrossEntropy())
+
+    def _run_label_kd(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, LabelKD(), self.teacher())
+
+    def _run_spike_kd(self, folder: Path) -> dict[str, float]:
+        if self._snn_teacher is None:
+            raise ValueError("the stage spike_kd needs an SNN that teaches: give Pipeline an snn_teacher")
+        return self._train_snn(folder, SpikeKD(self._snn_teacher))
 
     def _run_lasnn(self, folder: Path) -> dict[str, float]:
-        return self._train_snn(folder, self.teacher())
+        return self._train_snn(folder, CrossEntropy(), self.teacher(), self.recipe.attention)
 
-    def _train_snn(self, folder: Path, teacher: nn.Module | None) -> dict[str, float]:
+    def _train_snn(
+        self,
+        folder: Path,
+        objective: Objective,
+        teacher: nn.Module | None = None,
+        attention: str | None = None,
+    ) -> dict[str, float]:
         r = self.recipe
         snn = self.student("start")
         train, test = self.data.loaders(r.batch, r.workers, seed=r.seed)
@@ -238,16 +285,23 @@ class Pipeline:
             snn,
             teacher,
             encoder=self.encoder(),
-            attention=r.attention if teacher is not None else None,
+            attention=attention,
             alpha=r.alpha,
+            objective=objective,
             optimizer=Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay),
             run_dir=folder,
             device=self.device,
             seed=r.seed,
         )
-        trainer.fit(train, test, r.epochs, r.validate_every)
+        history = trainer.fit(train, test, r.epochs, r.validate_every)
         self._keep(folder, snn)
-        return trainer.evaluate(test)
+        return self._examine(snn, test) | _per_epoch(history)
+
+    def _examine(self, snn: nn.Module, test: Iterable, T: int | None = None) -> dict[str, object]:
+        """What is said of an SNN: accuracy after each step, and spikes."""
+        result = evaluate(snn, test, self.encoder(T), device=self.device, chunk=CHUNK, over_time=True)
+        seen = spike_statistics(snn, test, self.encoder(T), device=self.device, chunk=CHUNK)
+        return result | {"spikes_per_neuron": seen.mean, "spikes": seen.spikes_per_neuron}
 
     def _train_ann(
         self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int
@@ -259,8 +313,8 @@ class Pipeline:
             net, attention=None, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
             seed=self.recipe.seed,
         )  # fmt: skip
-        trainer.fit(train, epochs=epochs)
-        return trainer.evaluate(test)
+        history = trainer.fit(train, epochs=epochs)
+        return trainer.evaluate(test) | _per_epoch(history)
 
     def _build_teacher(self) -> nn.Module:
         r, d = self.recipe, self.data
@@ -300,11 +354,15 @@ def _nodes(snn: nn.Module) -> list[TimeLoopNode]:
     return [module for module in snn.modules() if isinstance(module, TimeLoopNode)]
 
 
+def _per_epoch(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {"seconds_per_epoch": statistics.median(row["seconds"] for row in history)}
+
+
 def table(recipe: Recipe, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     """Markdown table of one run, or of several seeds as mean and sample standard deviation."""
     head = "top-1 %" if len(runs) == 1 else f"top-1 %, mean ± deviation of {len(runs)} seeds"
     rows = [("", head, "seconds")]
-    for stage in (stage for stage in STAGES if stage in runs[0]):
+    for stage in (stage for stage in TITLES if stage in runs[0]):
         top1 = [run[stage]["top1"] for run in runs]
         spread = "" if len(runs) == 1 else f" ± {statistics.stdev(top1):.2f}"
         seconds = statistics.mean(run[stage]["seconds"] for run in runs)

@@ -5,7 +5,9 @@ Any ``nn.Module`` is accepted as a teacher; these are the three of the paper.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,28 @@ class TeacherResNet20(nn.Module):
 def teacher_resnet20(num_classes: int, in_channels: int = 3, width: float = 1.0) -> TeacherResNet20:
     """ResNet-20 teacher; see :class:`TeacherResNet20`."""
     return TeacherResNet20(num_classes, in_channels, width)
+
+
+def published_resnet20(path: str | Path) -> nn.Module:
+    """A trained ResNet-20 for CIFAR-10 from a file of github.com/akamaster/pytorch_resnet_cifar10.
+
+    Args:
+        path: e.g. ``resnet20-12fca82f.th``, which was trained on images normalised with ImageNet's
+            statistics; no code in it is run.
+
+    Returns:
+        The teacher in evaluation mode, taking images in [-1, 1].
+
+    Raises:
+        ValueError: the file is another network's, or damaged.
+    """
+    net = teacher_resnet20(num_classes=10)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint of that ResNet-20 ({error})") from error
+    return WithStatistics(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).eval()
 
 
 def teacher_vgg16(num_classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:

@@ -1,0 +1,154 @@
+"""A table that was run, beside the printed numbers: Markdown, CSV, and curves over time."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from . import scales
+from .scales import Scale
+from .tables import Row, Table
+
+Results = Mapping[tuple[Row, int], Mapping[str, object]]
+COLUMNS = (
+    "top1", "loss", "samples", "teacher_top1", "seconds", "seconds_per_epoch", "peak_memory_mib",
+    "spikes_per_neuron",
+)  # fmt: skip
+
+
+def write(
+    stem: Path, name: str, table: Table, scale: Scale, results: Results, rows: Sequence[Row], device: str
+) -> str:
+    """Write ``stem.md``, ``.csv``, ``_curves.csv``, ``_curves.png``, ``_spikes.csv``; returns the first."""
+    text = markdown(name, table, scale, results, rows, device)
+    stem.with_suffix(".md").write_text(text)
+    _write_csv(stem.with_suffix(".csv"), scale, results)
+    curves = {key: r["top1_over_time"] for key, r in results.items() if "top1_over_time" in r}
+    if curves:
+        _write_long(f"{stem}_curves.csv", ("t", "top1"), {k: enumerate(v, 1) for k, v in curves.items()})
+        _plot(f"{stem}_curves.png", f"Table {name}, scale {scale}", results, curves)
+    spikes = {key: r["spikes"].items() for key, r in results.items() if "spikes" in r}
+    if spikes:
+        _write_long(f"{stem}_spikes.csv", ("layer", "spikes_per_neuron"), spikes)
+    return text
+
+
+def markdown(
+    name: str, table: Table, scale: Scale, results: Results, rows: Sequence[Row], device: str
+) -> str:
+    """The table with what it was run on; rows without a result say so."""
+    reduced = scale != "full"
+    ours = "ours, top-1 %" + (f" ({scale} scale)" if reduced else "")
+    head = ["row", "paper, top-1 %", ours, "seeds", "difference", "T", "s/epoch", "peak MiB", "spikes/neuron"]
+    if any(row.paper_teacher is not None for row in rows):
+        head.insert(1, "teacher: paper, ours")
+    lines = [[*head, "reduced to", "note"] if reduced else [*head, "note"]]
+    for row in rows:
+        lines.append(
+            _line(row, scale, [r for (other, _), r in results.items() if other == row], head, reduced)
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    body = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
+    body.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    warning = (
+        "**Reduced: these are not the paper's settings, and the difference says nothing about its numbers.** "
+        "Compare the rows with each other.\n\n"
+        if reduced
+        else ""
+    )
+    where = torch.cuda.get_device_name(device) if "cuda" in device else f"CPU ({platform.machine()})"
+    kind = "Figure" if name.startswith("Fig") else "Table"
+    return (
+        f"# {kind} {name.removeprefix('Fig')}: {table.title}\n\n"
+        f"{warning}" + "\n".join(body) + f"\n\nScale {scale}; mean ± sample deviation over the seeds; peak "
+        f"memory of the whole process, libraries included, on a CPU; {where}, torch {torch.__version__}.\n"
+    )
+
+
+def _line(row: Row, scale: Scale, found: Sequence[Mapping], head: Sequence[str], reduced: bool) -> list[str]:
+    settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, 0)
+    T = settings.T if row.reverse else settings.recipe.T * (10 if row.method == "converted_10T" else 1)
+    top1 = [r["top1"] for r in found]
+    cells = {
+        "row": row.name,
+        "paper, top-1 %": "" if row.paper is None else f"{row.paper:.2f}",
+        "teacher: paper, ours": _teachers(row, found),
+        "seeds": str(len(found)),
+        "difference": "" if row.paper is None or not top1 else f"{statistics.mean(top1) - row.paper:+.2f}",
+        "T": "" if row.method == "ann" else str(T),
+        "s/epoch": _mean(found, "seconds_per_epoch", ".1f"),
+        "peak MiB": _mean(found, "peak_memory_mib", ".0f"),
+        "spikes/neuron": _mean(found, "spikes_per_neuron", ".2f")
+        + (f" (paper {row.paper_spikes:g})" if row.paper_spikes else ""),
+    }
+    line = [cells.get(column, _spread(top1)) for column in head]
+    return [*line, settings.reduced, row.note] if reduced else [*line, row.note]
+
+
+def _teachers(row: Row, found: Sequence[Mapping]) -> str:
+    if row.paper_teacher is None:
+        return ""
+    return f"{row.paper_teacher:.2f}, {_spread([r['teacher_top1'] for r in found if 'teacher_top1' in r])}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _mean(found: Sequence[Mapping], key: str, form: str) -> str:
+    values = [r[key] for r in found if r.get(key) is not None]
+    return f"{statistics.mean(values):{form}}" if values else ""
+
+
+def _write_csv(path: Path, scale: Scale, results: Results) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", "seed", "scale", "reduced", "paper_top1", *COLUMNS))
+        for (row, seed), result in results.items():
+            settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, seed)
+            values = [result.get(column) for column in COLUMNS]
+            writer.writerow((row.name, seed, scale, settings.reduced, row.paper, *values))
+
+
+def _write_long(path: str, columns: tuple[str, str], lines: Mapping[tuple[Row, int], object]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", "seed", *columns))
+        for (row, seed), pairs in lines.items():
+            writer.writerows((row.name, seed, *pair) for pair in pairs)
+
+
+def _plot(path: str, title: str, results: Results, curves: Mapping[tuple[Row, int], Sequence[float]]) -> None:
+    """Accuracy after each step, one panel for each network, mean and range over seeds; dashed: the ANN."""
+    import matplotlib.pyplot as plt  # slow to import, needed only here
+
+    nets = list(dict.fromkeys((row.dataset, row.net) for row, _ in curves))
+    figure, axes = plt.subplots(
+        1, len(nets), figsize=(5.5 * len(nets), 4), squeeze=False, layout="constrained"
+    )
+    for axis, (dataset, net) in zip(axes[0], nets, strict=True):
+        for row in dict.fromkeys(row for row, _ in curves if (row.dataset, row.net) == (dataset, net)):
+            of_row = torch.tensor([curve for (other, _), curve in curves.items() if other == row])
+            t, label = range(1, of_row.shape[1] + 1), row.name.removeprefix(f"{dataset}/{net}/")
+            (line,) = axis.plot(t, of_row.mean(0), label=label, marker="." if len(t) < 20 else None)
+            axis.fill_between(t, of_row.amin(0), of_row.amax(0), alpha=0.15, color=line.get_color())
+        ann = [
+            r["top1"]
+            for (row, _), r in results.items()
+            if (row.dataset, row.net, row.method) == (dataset, net, "ann")
+        ]
+        if ann:
+            axis.axhline(statistics.mean(ann), color="gray", linestyle="--", label="ANN")
+        axis.set(title=f"{net}, {dataset}", xlabel="time steps t", ylabel="top-1 %", xscale="log")
+        axis.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,316 @@
+"""Runs the rows of a table: shared parts once, on as many devices or processes as there are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import data, models
+from ..pipeline import Pipeline
+from ..reverse import Study
+from . import report, scales
+from .scales import SCALES, Scale
+from .tables import TABLES, Row, Table
+
+log = logging.getLogger(__name__)
+
+SNN_TEACHER = {"full": "vgg9", "small": "vgg5", "smoke": "vgg5"}  # of spike-based distillation
+Results = dict[tuple[Row, int], Mapping[str, object]]
+
+
+class ExperimentError(ValueError):
+    """A table, row or data set that does not exist, or rows that failed; the message lists what there is."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a table is run; travels to the processes.
+
+    Attributes:
+        scale: the size.
+        root: folder of the data sets.
+        run_dir: folder of this scale's runs, shared by all tables.
+        teacher_checkpoint: a trained ResNet-20 for CIFAR-10, or ``None``.
+        device: of this process.
+    """
+
+    scale: Scale
+    root: Path
+    run_dir: Path
+    teacher_checkpoint: Path | None
+    device: str
+
+    def images(self, row: Row) -> data.ImageData:
+        """A row's images, read once by a process."""
+        return scales.images(row.dataset, self.scale, self.root, row.reverse)
+
+    def teacher(self, row: Row) -> nn.Module:
+        """The teacher of a row's network, of seed 0 for all seeds; trained where it is not there yet."""
+        settings = scales.lasnn(row, self.scale, 0)
+        name = settings.recipe.teacher
+        if self._has_ready(row, name):
+            return models.published_resnet20(self.teacher_checkpoint)
+        folder = self.run_dir / "teachers" / f"{row.dataset}-{name}"
+        # only what concerns the teacher: the recipe of a folder is compared when it is used again
+        recipe = replace(
+            settings.recipe, student="vgg5", T=1, attention="activation", encoding="poisson", width=1.0
+        )
+        return Pipeline(recipe, self.images(row), folder, device=self.device).teacher()
+
+    def _has_ready(self, row: Row, teacher: str) -> bool:
+        fits = teacher == "resnet20" and row.dataset == "cifar10" and self.scale != "smoke"
+        return fits and self.teacher_checkpoint is not None
+
+    def ann(self, row: Row, seed: int) -> nn.Module:
+        """The intermediate ANN of a row's network; trained where it is not there yet."""
+        return self._ann_pipeline(row, seed).student("ann")
+
+    def _ann_pipeline(self, row: Row, seed: int) -> Pipeline:
+        folder = self.run_dir / "anns" / f"{row.dataset}-{row.net}-seed{seed}"
+        recipe = scales.lasnn(row, self.scale, seed).recipe
+        recipe = replace(recipe, T=1, teacher="resnet20", attention="activation", encoding="poisson")
+        return Pipeline(recipe, self.images(row), folder, device=self.device)
+
+    def folder(self, row: Row, seed: int) -> Path:
+        """The run folder of a row, shared by rows that differ only in the method."""
+        if row.reverse:
+            return self.run_dir / "studies" / f"{row.dataset}-{row.net}-seed{seed}"
+        if row.method == "ann":
+            return self.run_dir / "anns" / f"{row.dataset}-{row.net}-seed{seed}"
+        r = scales.lasnn(row, self.scale, seed).recipe
+        name = f"{row.dataset}-{row.net}-{r.encoding}-T{r.T}-{r.teacher}-{r.attention}-seed{seed}"
+        return self.run_dir / "runs" / name
+
+    def run(self, row: Row, seed: int) -> Mapping[str, object]:
+        """A row's result, from its folder if it is there."""
+        if row.reverse:
+            return self._run_reverse(row, seed)
+        if row.method == "ann":
+            return self._ann_pipeline(row, seed).run(["ann"])["ann"]
+        return self._pipeline(row, seed).run([row.method])[row.method]
+
+    def _pipeline(self, row: Row, seed: int) -> Pipeline:
+        needs_teacher = row.method in ("label_kd", "lasnn")
+        done = (self.folder(row, seed) / row.method / "result.json").exists()
+        snn_teacher = None
+        if row.method == "spike_kd" and not done:
+            snn_teacher = self._pipeline(snn_teacher_of(row, self.scale), seed).student("hybrid")
+        return Pipeline(
+            scales.lasnn(row, self.scale, seed).recipe,
+            self.images(row),
+            self.folder(row, seed),
+            teacher=self.teacher(row) if needs_teacher and not done else None,
+            ann=self.ann(row, seed),
+            snn_teacher=snn_teacher,
+            device=self.device,
+        )
+
+    def _run_reverse(self, row: Row, seed: int) -> Mapping[str, object]:
+        settings = scales.reverse_kd(row, self.scale, seed)
+        kind, _, ratio = row.method.partition(" ")
+        recipe = replace(
+            settings.recipe, ratios=(float(ratio),) if kind == "sparse" else (), default=kind == "default"
+        )
+        if settings.framing is None:
+            loaded = self.images(row)
+        else:
+            loaded = scales.recordings(row.dataset, settings.framing, self.scale == "full", self.root)
+        study = Study(recipe, loaded, self.folder(row, seed), settings.encoder(), self.device)
+        return study.run()[row.method]
+
+
+def snn_teacher_of(row: Row, scale: Scale) -> Row:
+    """The row whose network teaches in a row of spike-based distillation."""
+    return replace(row, net=SNN_TEACHER[scale], method="hybrid")
+
+
+def reproduce(
+    table: str,
+    rows: Sequence[str] = (),
+    scale: Scale = "small",
+    seeds: int = 3,
+    root: str | Path = "data",
+    run_dir: str | Path = "runs/reproduce",
+    teacher_checkpoint: str | Path | None = None,
+    device: str | None = None,
+    processes: int | None = None,
+) -> str:
+    """Run a table of the papers and write it beside the printed numbers.
+
+    Every row keeps a run folder under ``run_dir/scale``, which all tables share: teachers and intermediate
+    ANNs are trained once, what is finished is not run again, and what was cut off goes on. The table is
+    written to ``run_dir/scale/table_NAME.md`` and ``.csv``, with ``_curves.csv`` and ``.png`` (accuracy
+    after each time step) and ``_spikes.csv`` (mean spikes per neuron of each layer) beside it.
+
+    Args:
+        table: ``"I"`` to ``"IV"``, ``"Fig3"`` to ``"Fig7"`` (LaSNN), ``"1"`` to ``"3"`` (reverse
+            distillation).
+        rows: only rows whose name is one of these or begins with one of these and a slash; all rows, or
+            at a reduced scale those of the networks that fit it, if none is given.
+        scale: ``"full"``, the paper's settings; ``"small"``, about an hour of two cores; ``"smoke"``, a test.
+        seeds: how many, from 0 on.
+        root: folder of the data sets; ``root/NAME.npz`` is taken where it is there, else what torchvision
+            and Tonic keep or download there.
+        run_dir: of all scales.
+        teacher_checkpoint: a trained ResNet-20 for CIFAR-10 (see :func:`~lasnn_sj.models.published_resnet20`)
+            where a row's teacher is a ResNet-20.
+        device: ``"cpu"``, ``"cuda"``, ...; all GPUs if not given, the CPU where there is none.
+        processes: how many rows run at once; one for each GPU, or on the CPU one, if not given.
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        ExperimentError: no such table, row, scale or data set, or rows that failed (the others are written).
+    """
+    chosen = choose(table, rows, scale)
+    if seeds < 1:
+        raise ExperimentError(f"seeds must be at least 1, got {seeds}")
+    devices = [device] if device else _devices()
+    place = Place(
+        scale,
+        Path(root),
+        Path(run_dir) / scale,
+        None if teacher_checkpoint is None else Path(teacher_checkpoint),
+        devices[0],
+    )
+    place.run_dir.mkdir(parents=True, exist_ok=True)
+    failed = _run_all(place, chosen, seeds, devices, processes or len(devices))
+    results: Results = {}
+    for row in chosen:
+        for seed in range(seeds):
+            if (row.name, seed) not in failed:
+                results[row, seed] = place.run(row, seed)
+    text = report.write(
+        place.run_dir / f"table_{table}", table, TABLES[table], scale, results, chosen, place.device
+    )
+    if failed:
+        listed = "; ".join(f"{name}, seed {seed}: {why}" for (name, seed), why in failed.items())
+        raise ExperimentError(
+            f"{len(failed)} of {len(chosen) * seeds} rows failed (the others are kept): {listed}"
+        )
+    return text
+
+
+def choose(table: str, names: Iterable[str] = (), scale: Scale = "small") -> list[Row]:
+    """The rows of a table that :func:`reproduce` runs."""
+    if table not in TABLES:
+        raise ExperimentError(f"no table {table!r}; there are {', '.join(TABLES)}")
+    if scale not in SCALES:
+        raise ExperimentError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
+    found: Table = TABLES[table]
+    names = list(names)
+    for name in names:
+        if not any(_named(row, name) for row in found.rows):
+            listed = "\n  ".join(row.name for row in found.rows)
+            raise ExperimentError(f"table {table} has no row {name!r}; it has\n  {listed}")
+    if names:
+        return [row for row in found.rows if any(_named(row, name) for name in names)]
+    if scale == "full":
+        return list(found.rows)
+    # what is left of Tiny ImageNet or of 128 x 128 events at a reduced scale is another task
+    fits = [row for row in found.rows if row.net in found.small and row.dataset in ("cifar10", "cifar100")]
+    # reduced, rows with different teachers may be the same run
+    return list({_run_of(row, scale): row for row in reversed(fits)}.values())[::-1]
+
+
+def _named(row: Row, name: str) -> bool:
+    return row.name == name or f"/{row.name}/".find(f"/{name}/") >= 0
+
+
+def _run_of(row: Row, scale: Scale) -> tuple:
+    settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, 0)
+    return row.dataset, row.method, json.dumps(repr(settings.recipe))
+
+
+def _devices() -> list[str]:
+    count = torch.cuda.device_count()
+    return [f"cuda:{i}" for i in range(count)] or ["cpu"]
+
+
+def _phases(place: Place, rows: Sequence[Row], seeds: int) -> list[list[tuple[str, list[Row], int]]]:
+    """Jobs ``(what, rows, seed)``; those of a phase need only what earlier phases made.
+
+    Rows that share a run folder are one job, so that no two processes write into it.
+    """
+    first, ours = {}, [row for row in rows if not row.reverse]
+    ours += [snn_teacher_of(row, place.scale) for row in ours if row.method == "spike_kd"]
+    for row in ours:
+        if row.method in ("label_kd", "lasnn"):
+            name = scales.lasnn(row, place.scale, 0).recipe.teacher
+            if not place._has_ready(row, name):
+                first[row.dataset, name] = ("teacher", [row], 0)
+        for seed in range(seeds):
+            first[row.dataset, row.net, seed] = ("ann", [row], seed)
+    second: dict[Path, tuple[str, list[Row], int]] = {}
+    third: dict[Path, tuple[str, list[Row], int]] = {}
+    for seed in range(seeds):
+        for row in dict.fromkeys([*ours, *rows]):
+            phase = third if row.method == "spike_kd" else second
+            phase.setdefault(place.folder(row, seed), ("rows", [], seed))[1].append(row)
+    return [list(jobs.values()) for jobs in (first, second, third) if jobs]
+
+
+def _run_all(
+    place: Place, rows: Sequence[Row], seeds: int, devices: Sequence[str], processes: int
+) -> dict[tuple[str, int], str]:
+    """Run everything; returns why rows failed, by name and seed."""
+    failed: dict[tuple[str, int], str] = {}
+    for jobs in _phases(place, rows, seeds):
+        if processes == 1:
+            for job in jobs:
+                failed |= _work(place, job)
+            continue
+        # not forked: CUDA and thread pools do not survive that
+        context = multiprocessing.get_context("spawn")
+        free = context.Queue()
+        for worker in range(processes):
+            free.put(devices[worker % len(devices)])
+        threads = max(1, torch.get_num_threads() // processes)
+        with ProcessPoolExecutor(
+            processes, context, initializer=_start_worker, initargs=(free, threads)
+        ) as pool:
+            for future in as_completed([pool.submit(_work_on_own_device, place, job) for job in jobs]):
+                failed |= future.result()
+    return failed
+
+
+_device: str = "cpu"  # of a worker process, set once when it starts
+
+
+def _start_worker(free: multiprocessing.Queue, threads: int) -> None:
+    global _device
+    _device = free.get()
+    torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s", datefmt="%H:%M:%S")
+
+
+def _work_on_own_device(place: Place, job: tuple[str, list[Row], int]) -> dict[tuple[str, int], str]:
+    return _work(replace(place, device=_device), job)
+
+
+def _work(place: Place, job: tuple[str, list[Row], int]) -> dict[tuple[str, int], str]:
+    what, rows, seed = job
+    failed = {}
+    for row in rows:
+        try:
+            if what == "teacher":
+                place.teacher(row)
+            elif what == "ann":
+                place.ann(row, seed)
+            else:
+                log.info("%s, seed %d", row.name, seed)
+                place.run(row, seed)
+        except Exception as error:  # one row must not take the others' hours with it
+            log.exception("%s of %s, seed %d failed", what, row.name, seed)
+            if what == "rows":
+                failed[row.name, seed] = f"{type(error).__name__}: {error}"
+    return failed
