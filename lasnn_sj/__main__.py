@@ -64,21 +64,33 @@ def evaluate(
 
 def reproduce(
     table: Positional[str],
-    rows: tuple[str, ...] | None = None,
-    scale: Literal["small", "paper"] = "small",
+    rows: tuple[str, ...] = (),
+    scale: Literal["full", "small", "smoke"] = "small",
     seeds: int = 3,
+    root: Path = Path("data"),
+    run_dir: Path = Path("runs/reproduce"),
+    teacher_checkpoint: Path | None = None,
+    device: str | None = None,
+    processes: int | None = None,
 ) -> None:
-    """Train the rows of one of the papers' tables or figures.
+    """Train the rows of one of the papers' tables or figures, and print them beside the printed numbers.
 
     Args:
-        table: its name; an unknown one lists those there are.
-        rows: some of its rows, all if not given.
-        scale: ``small`` for networks and data that two cores can train, ``paper`` for the paper's settings.
+        table: its name, such as I, II, IV, Fig5, 1 or 2; an unknown one lists those there are.
+        rows: some of its rows by name; all that fit the scale if not given.
+        scale: ``full``, the papers' settings; ``small``, about an hour of two cores; ``smoke``, a test.
         seeds: how many runs of each row.
+        root: folder of the data sets.
+        run_dir: folder of all results; what is finished there is not run again.
+        teacher_checkpoint: file of a trained ResNet-20 for CIFAR-10.
+        device: "cpu", "cuda", ...; all GPUs if not given, the CPU where there is none.
+        processes: how many rows run at once; one for each GPU, or on the CPU one, if not given.
     """
     from . import experiments
 
-    experiments.reproduce(table, rows=rows, scale=scale, seeds=seeds)
+    print(
+        experiments.reproduce(table, rows, scale, seeds, root, run_dir, teacher_checkpoint, device, processes)
+    )
 
 
 def report(run_dirs: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
@@ -86,7 +98,7 @@ def report(run_dirs: Positional[tuple[Path, ...]], out: Path | None = None) -> N
 
     Args:
         run_dirs: folders of the runs.
-        out: file to write, ``report.html`` in the first folder if not given.
+        out: page to write, ``report.html`` in the folder, or in the one that all lie in, if not given.
     """
     from .report import report as write
 
