@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lasnn_sj.objectives import CrossEntropy, Signals, attention_loss
+from lasnn_sj.neurons import IntegratorNode
+from lasnn_sj.objectives import CrossEntropy, Signals, SpikeKD, attention_loss
 
 
 def test_the_norm_is_not_squared():
@@ -70,3 +71,53 @@ def test_gradient_of_the_cross_entropy_is_softmax_minus_one_hot():
 
 def test_cross_entropy_reads_no_teacher():
     assert CrossEntropy.needs_teacher is False
+
+
+class Repeats(torch.nn.Module):
+    """An SNN whose output neurons receive what the input says, ``[T, N, K]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.readout = IntegratorNode(step_mode="m")
+
+    def forward(self, x):
+        return self.readout(x)
+
+
+def test_spike_kd_by_hand():
+    """Two windows of two steps; the directions of what was received in each are compared.
+
+    Teacher: (3, 4) then (0, 2), directions (0.6, 0.8) and (0, 1). Student: (0, 1) then (0, 5): (0, 1) both.
+    Distances: |(0.6, -0.2)| = sqrt(0.4) and 0.
+    """
+    received = torch.tensor([[[1.0, 4.0]], [[2.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])
+    potentials = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]], [[0.0, 3.0]], [[0.0, 6.0]]])
+    signals = Signals(potentials[-1], torch.tensor([1]), received, outputs=potentials)
+    parts = SpikeKD(Repeats(), windows=2, alpha=3.0)(signals)
+    assert parts["spike_kd"].item() == pytest.approx(3.0 * math.sqrt(0.4) / 2)
+    assert parts["ce"].item() == pytest.approx(math.log(1 + math.exp(-6.0)), rel=1e-3)
+
+
+def test_spike_kd_of_the_student_itself_is_zero_and_its_gradient_reaches_the_student():
+    x = torch.rand(6, 3, 4)
+    own = x.cumsum(0).requires_grad_()
+    signals = Signals(own[-1], torch.tensor([0, 1, 2]), x, outputs=own)
+    assert SpikeKD(Repeats(), windows=3)(signals)["spike_kd"].item() == pytest.approx(0, abs=1e-6)
+    other = torch.rand(6, 3, 4).cumsum(0).requires_grad_()
+    SpikeKD(Repeats(), windows=6)(Signals(other[-1], signals.labels, x, outputs=other))["spike_kd"].backward()
+    assert (other.grad != 0).any(2).all()
+
+
+def test_spike_kd_says_what_does_not_fit():
+    with pytest.raises(ValueError, match="windows must be at least 1, got 0"):
+        SpikeKD(Repeats(), windows=0)
+    with pytest.raises(ValueError, match="alpha must be at least 0, got -1"):
+        SpikeKD(Repeats(), alpha=-1)
+    with pytest.raises(ValueError, match="must end in an IntegratorNode.*Linear has none"):
+        SpikeKD(torch.nn.Linear(2, 2))
+    x = torch.rand(2, 3, 4)
+    with pytest.raises(ValueError, match="at least 4 steps"):
+        SpikeKD(Repeats())(Signals(x[-1], torch.tensor([0, 1, 2]), x, outputs=x))
+    wide, x = torch.rand(4, 3, 5), torch.rand(4, 3, 4)
+    with pytest.raises(ValueError, match=r"\(4, 3, 5\) of the student, \(4, 3, 4\) of the teacher"):
+        SpikeKD(Repeats())(Signals(wide[-1], torch.tensor([0, 1, 2]), x, outputs=wide))
