@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 
+from . import distributed
+from .batches import evaluation_share
 from .objectives import BatchError, class_scores, resolve_readout
 
 
@@ -29,6 +29,9 @@ def evaluate(
     over_time: bool = False,
 ) -> dict[str, float | list[float]]:
     """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
+
+    Of several processes each takes its share of the samples (see :func:`.batches.evaluation_share`), and all
+    get the same result; all must call it.
 
     Args:
         model: gives class scores ``[N, K]`` or ``[T, N, K]``; its mode is restored afterwards.
@@ -51,11 +54,13 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
-    training, loss, correct, hits = model.training, MeanMetric().to(device), None, 0
+    training, hits = model.training, 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
+    share, quiet = evaluation_share(loader), None if distributed.is_main() else True
     model.eval()
     functional.reset_net(model)
     try:
-        for index, batch in enumerate(tqdm(loader, desc="evaluating", leave=False, disable=None)):
+        for index, batch in enumerate(tqdm(share, desc="evaluating", leave=False, disable=quiet)):
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)
@@ -65,20 +70,24 @@ def evaluate(
             labels = labels.to(device)
             if over_time:
                 hits = hits + (steps.argmax(2) == labels).sum(1)
-            if correct is None:
-                correct = MulticlassAccuracy(scores.shape[1], average="micro").to(device)
-            correct.update(scores, labels)
-            loss.update(F.cross_entropy(scores, labels), len(labels))
+            loss, right = F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()
+            sums += torch.stack([loss.double(), right.double(), loss.new_tensor(len(labels)).double()])
     finally:
         functional.reset_net(model)
         model.train(training)
-    if correct is None:
+    loss, right, samples = distributed.total(sums).tolist()
+    if not samples:
         raise BatchError("the evaluation loader gave no batch")
-    samples = int(loss.weight.item())
-    result = {"loss": loss.compute().item(), "top1": 100 * correct.compute().item(), "samples": samples}
+    result = {"loss": loss / samples, "top1": 100 * right / samples, "samples": int(samples)}
     if over_time:
-        result["top1_over_time"] = (100 * hits / samples).tolist()
+        result["top1_over_time"] = (100 * _over_all(hits, device) / samples).tolist()
     return result
+
+
+def _over_all(hits: Tensor | int, device: torch.device) -> Tensor:
+    """Right answers after each step, of all processes; one that had no sample has 0 for them."""
+    T = max(distributed.of_all(len(hits) if isinstance(hits, Tensor) else 0))
+    return distributed.total(torch.zeros(T, dtype=torch.float64, device=device) + hits)
 
 
 def encoded_pieces(encoder: nn.Module | None, images: Tensor, chunk: int | None) -> Iterator[Tensor]:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import attention, checkpoint, inspection, objectives, taps
-from .checkpoint import check_settings
+from . import distributed, inspection, nonfinite, objectives, taps
+from .batches import Batch, TrainingBatches
+from .callbacks import Callback, TensorBoard
+from .distillation import Distillation
 from .evaluation import batch_axis, check_batch, check_labels, device_of, evaluate
+from .forward import StudentForward, refuse_batch_norm
+from .interrupts import StopRequest
+from .metrics import EpochMetrics
+from .nonfinite import NonFiniteError
 from .objectives import BatchError, class_scores, resolve_readout
+from .precision import DTYPES, Precision
+from .progress import Epoch, Progress
+from .run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,9 @@ class LaSNNTrainer:
     The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13) on the student's class scores. Without attention
     (``attention=None``, no teacher) it is the cross-entropy alone: hybrid training of a converted SNN, or
     with ``encoder=None`` plain training of an ANN. Another ``objective`` takes the place of ``CE``.
+
+    The defaults are the same on every device: float32, nothing compiled, whole batches. Started by
+    ``torchrun`` the same script trains on all its processes (``batch_size`` is then each one's).
 
     Args:
         student: any SpikingJelly network in multi-step mode, ``[T, N, ...]`` to ``[T, N, K]`` or
@@ -56,9 +65,22 @@ class LaSNNTrainer:
         scheduler: stepped once an epoch.
         readout: class scores of ``[T, N, K]``: ``"last"`` step or ``"mean"`` over time; ``"auto"`` is
             the last where the student ends in an ``IntegratorNode``, the mean elsewhere.
-        run_dir: folder for checkpoints, ``metrics.csv`` and TensorBoard; nothing is written without.
+        run_dir: folder for checkpoints, ``metrics.csv`` (by epoch), ``steps.csv`` and TensorBoard; nothing
+            is written without. With it SIGTERM and SIGINT finish the step and save before they act.
         device: where to train; the student's own if not given.
         seed: seeds all random generators when training starts.
+        precision: of convolutions and linear layers: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with
+            scaled gradients; potentials, maps and losses are float32 in each.
+        compile: let ``torch.compile`` make the student's pass faster; the first steps take minutes.
+        accumulate: run each batch in so many pieces, one after the other, and add their gradients: the same
+            step in less memory (batch norm aside, which sees a piece).
+        time_chunks: run the time steps in so many pieces and keep only the neurons' state between them:
+            the same gradients in less memory and about a third more time. Not with batch norm.
+        clip_norm: longest gradient, L2 over all parameters; not clipped if not given.
+        on_nonfinite: a loss or gradient that is NaN or infinite ``"stop"``s the run, or the batch is left
+            out and counted (``"skip"``).
+        checkpoint_every: steps, or time, between checkpoints; each epoch ends with one anyway.
+        callbacks: told how training goes.
 
     Raises:
         ValueError: arguments that do not go together, named in the message.
@@ -82,30 +104,40 @@ class LaSNNTrainer:
         run_dir: str | Path | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        compile: bool = False,
+        accumulate: int = 1,
+        time_chunks: int = 1,
+        clip_norm: float | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        checkpoint_every: int | timedelta = timedelta(minutes=10),
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        if attention not in ("activation", "gradient", None):
-            raise ValueError(f'attention must be "activation", "gradient" or None, got {attention!r}')
         self.objective = objective or objectives.CrossEntropy()
-        wanted = attention is not None or self.objective.needs_teacher
-        if wanted != (teacher is not None):
-            raise ValueError(
-                f"attention={attention!r} with {type(self.objective).__name__} "
-                + ("needs a teacher" if wanted else "makes no use of a teacher")
-                + "; give both, or attention=None and no teacher"
-            )
+        _check_teacher(teacher, attention, self.objective)
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0, got {alpha}")
-        if readout not in ("auto", "last", "mean"):
-            raise ValueError(f'readout must be "auto", "last" or "mean", got {readout!r}')
+        _check_choice("readout", readout, ("auto", "last", "mean"))
+        _check_choice("precision", precision, tuple(DTYPES))
+        _check_choice("on_nonfinite", on_nonfinite, ("stop", "skip"))
+        _check_count("accumulate", accumulate)
+        _check_count("time_chunks", time_chunks)
+        if not (isinstance(checkpoint_every, timedelta) and checkpoint_every > timedelta(0)):
+            _check_count("checkpoint_every", checkpoint_every)
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, or None, got {clip_norm!r}")
+        if time_chunks > 1:
+            refuse_batch_norm(student)
+        device = torch.device(device) if device is not None else device_of(student)
+        self.device = distributed.initialise(device)
         self.student, self.teacher, self.encoder = student, teacher, encoder
-        self.attention, self.alpha, self.pairs, self.normalise = attention, alpha, None, normalise
+        self.attention, self.alpha, self.normalise = attention, alpha, normalise
         self.readout = resolve_readout(student, readout)
-        self.device = torch.device(device) if device is not None else device_of(student)
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.seed = seed
-        self.history: list[dict[str, float]] = []
+        self.seed, self.callbacks, self.checkpoint_every = seed, list(callbacks), checkpoint_every
+        self.precision, self.compile, self.clip_norm = precision, compile, clip_norm
+        self.accumulate, self.time_chunks, self.on_nonfinite = accumulate, time_chunks, on_nonfinite
         self._names, self._through_trace = pairs, through_trace
-        self._student_taps = self._teacher_taps = self._num_classes = None
         for module in (student, teacher, encoder):
             if module is not None:
                 # Only the order in memory: convolutions are faster so, on either device.
@@ -116,6 +148,30 @@ class LaSNNTrainer:
             teacher.eval().requires_grad_(False)
         self.optimizer = optimizer or Adam(student.parameters(), lr=1e-4, weight_decay=5e-4)
         self.scheduler = scheduler
+        self._numbers = Precision(precision, self.device, clip_norm)
+        self._distillation = Distillation(
+            student, teacher, attention, normalise, through_trace, pairs, chunked=time_chunks > 1
+        )
+        self._forward: nn.Module | None = None
+        self._num_classes: int | None = None
+        self._folder: RunFolder | None = None
+        self._progress = Progress(student, self.optimizer, scheduler, self._numbers.scaler, self.device)
+        self._progress.use_generators([encoder])
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A row for each epoch done, as :meth:`fit` returns them."""
+        return self._progress.history
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done in :meth:`fit`, those before a restart included."""
+        return self._progress.step
+
+    @property
+    def pairs(self) -> list[taps.Pair] | None:
+        """Layers that are compared, once they are chosen."""
+        return self._distillation.pairs
 
     def fit(
         self,
@@ -126,6 +182,10 @@ class LaSNNTrainer:
     ) -> list[dict]:
         """Train up to ``epochs`` epochs in all, from the run folder's last checkpoint if there is one.
 
+        A run that was killed within an epoch goes on within it, on the CPU with the same result to the bit:
+        the loader's order, its workers' random numbers and all others are taken up again. (A loader that is
+        no plain ``DataLoader`` is run again up to there, and must draw from the same random generators.)
+
         Args:
             train_loader: batches ``(images, labels)``; images ``[N, C, H, W]`` as the encoder takes them,
                 labels ``[N]``, whole numbers in [0, K).
@@ -134,39 +194,51 @@ class LaSNNTrainer:
             validate_every: evaluate after every so many epochs, and after the last.
 
         Returns:
-            One row for each epoch: losses, accuracy in percent (``top1``), learning rate, seconds.
+            One row for each epoch: losses, accuracy in percent (``top1``), learning rate, seconds, and
+            batches left out (``skipped``) if there were any.
 
         Raises:
             BatchError: an empty loader; a batch with NaN or infinity, labels out of range, or a student
                 output of the wrong shape. The student keeps its weights of the step before.
+            NonFiniteError: a loss or gradient that is not finite, likewise (a ``BatchError``).
+            CheckpointError: checkpoints that are all damaged, or one that cannot be written.
             ValueError: the run folder belongs to a run with other settings.
+            SystemExit, KeyboardInterrupt: after SIGTERM or SIGINT, once a checkpoint is written.
         """
-        done = self._resume(train_loader)
-        if done >= epochs:
+        batches = TrainingBatches(train_loader)
+        self._progress.use_generators([self.encoder, train_loader, getattr(train_loader, "sampler", None)])
+        if self.run_dir is not None:
+            self._folder = RunFolder(self.run_dir, self.checkpoint_every)
+            self._folder.check_settings(self.settings())
+        self._progress.resume(self._folder)
+        if len(self.history) >= epochs:
             return self.history
-        if done == 0 and self.seed is not None:
-            checkpoint.seed_everything(self.seed)
-        writer = self._tensorboard()
-        steps = len(train_loader) if hasattr(train_loader, "__len__") else None
+        self._progress.seed(self.seed)
+        told = self._told()
+        steps = len(batches) or None
         bar = tqdm(
-            total=steps and steps * epochs, initial=(steps or 0) * done, unit="step", disable=None,
-            dynamic_ncols=True,
+            total=steps and steps * epochs, initial=self.step, unit="step", dynamic_ncols=True,
+            disable=None if distributed.is_main() else True,
         )  # fmt: skip
+        stop = StopRequest()
         try:
-            with bar, logging_redirect_tqdm():
-                for epoch in range(done + 1, epochs + 1):
+            for callback in told:
+                callback.on_fit_start(self)
+            with bar, logging_redirect_tqdm(), stop if self._folder is not None else nullcontext():
+                for epoch in range(len(self.history) + 1, epochs + 1):
                     bar.set_description(f"epoch {epoch}/{epochs}")
-                    row = self._train_epoch(epoch, train_loader, bar)
+                    row = self._train_epoch(batches, self._progress.begin(epoch), bar, stop, told)
                     if val_loader is not None and (epoch % validate_every == 0 or epoch == epochs):
                         result = self.evaluate(val_loader)
                         row |= {f"val_{name}": result[name] for name in ("loss", "top1")}
-                    if self.scheduler is not None:
-                        self.scheduler.step()
-                    self._finish_epoch(row, train_loader, writer)
+                    self._finish_epoch(row, told)
         finally:
-            self._close_taps()
-            if writer is not None:
-                writer.close()
+            self._distillation.close()
+            self._forward = self._num_classes = None
+            if self._folder is not None:
+                self._folder.close()
+            for callback in told:
+                callback.on_fit_end()
         return self.history
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -176,31 +248,79 @@ class LaSNNTrainer:
             The parts of the loss, and the class scores ``[N, K]``, both detached.
 
         Raises:
-            BatchError: the loss is not finite; the student keeps its weights.
+            NonFiniteError: the loss or its gradient is not finite; the student keeps its weights.
         """
         self.prepare(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        x = images if self.encoder is None else self.encoder(images)
+        total: dict[str, Tensor] = {}
+        scores = []
         try:
-            with self._student_taps or nullcontext():
-                outputs = self.student(x)
-                student_maps = self._student_maps()
-            scores = class_scores(outputs, len(labels), self.readout)
-            signals = objectives.Signals(scores, labels, x, outputs=outputs)
-            signals.teacher_logits, teacher_maps = self._ask_teacher(images, labels)
-            parts = self.objective(signals)
-            if self.attention:
-                loss = objectives.attention_loss(teacher_maps, student_maps)
-                parts = parts | {"attention": self.alpha / 2 * loss}
-            loss = sum(parts.values())
-            if not bool(torch.isfinite(loss)):
-                named = ", ".join(f"{name} = {part.item():.4g}" for name, part in parts.items())
-                raise BatchError(f"the loss is not finite ({named}); a lower learning rate may do")
-            loss.backward()
-            self.optimizer.step()
+            for piece, piece_labels, last in self._pieces(images, labels):
+                together = last or distributed.world_size() == 1
+                with nullcontext() if together else self._forward.no_sync():
+                    parts, piece_scores = self._agreed_loss(piece, piece_labels)
+                    share = len(piece_labels) / len(labels)
+                    self._numbers.backward(sum(parts.values()) * share)
+                functional.reset_net(self.student)
+                scores.append(piece_scores)
+                for name, part in parts.items():
+                    total[name] = total.get(name, 0) + part.detach() * share
+            self._numbers.update(self.optimizer, self.student)
         finally:
             functional.reset_net(self.student)
-        return {name: part.detach() for name, part in parts.items()}, signals.scores.detach()
+        return total, torch.cat(scores)
+
+    def _pieces(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """A batch in ``accumulate`` pieces, and whether each is the last."""
+        count, axis = min(self.accumulate, len(labels)), batch_axis(images, labels)
+        pieces = zip(images.tensor_split(count, axis), labels.tensor_split(count))
+        for number, (piece, piece_labels) in enumerate(pieces, 1):
+            yield piece, piece_labels, number == count
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Parts of the loss, and the class scores ``[N, K]``, detached."""
+        x = images if self.encoder is None else self.encoder(images)
+        with self._numbers.autocast():
+            try:
+                outputs, seen = self._forward(x)
+            except ValueError as error:  # on the CPU neurons refuse what is not finite
+                self._explain(x, f"the student's activations are not finite: {error}", error)
+                raise
+            signals = objectives.Signals(class_scores(outputs, len(labels), self.readout), labels, x)
+            signals.outputs = outputs
+            signals.teacher_logits, teacher_maps = self._distillation.ask_teacher(images, labels)
+            parts = self.objective(signals)
+        if self.attention:
+            student_maps = self._distillation.student_maps(seen)
+            loss = objectives.attention_loss(teacher_maps, student_maps)
+            parts = parts | {"attention": self.alpha / 2 * loss}
+        if not bool(torch.isfinite(sum(parts.values()))):
+            named = ", ".join(f"{name} = {part.item():.4g}" for name, part in parts.items())
+            message = f"the loss is not finite ({named}); a lower learning rate may do"
+            self._explain(x, message)
+            raise NonFiniteError(message)
+        return parts, signals.scores.detach()
+
+    def _agreed_loss(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """:meth:`_loss`, which fails on every process where it fails on one."""
+        if distributed.world_size() == 1:
+            return self._loss(images, labels)
+        result = error = None
+        try:
+            result = self._loss(images, labels)
+        except NonFiniteError as own:
+            error = own
+        if distributed.any_of([error is not None], self.device)[0]:
+            raise error or NonFiniteError("the loss of another process is not finite")
+        return result
+
+    def _explain(self, x: Tensor, message: str, cause: Exception | None = None) -> None:
+        """Raise what names the first layer that is not finite, if one is."""
+        before = self._progress.random_state()
+        layer = nonfinite.first_layer(self.student, x)
+        self._progress.set_random_state(before)
+        if layer is not None:
+            raise NonFiniteError(f"{message}; first in {layer}", layer) from cause
 
     def evaluate(self, loader: Iterable) -> dict[str, float]:
         """Loss and accuracy of the student; see :func:`evaluate`."""
@@ -215,64 +335,6 @@ class LaSNNTrainer:
             attention=self.attention or "activation", readout=self.readout, seed=self.seed,
         )  # fmt: skip
 
-    def _student_maps(self) -> list[Tensor]:
-        if not self.attention:
-            return []
-        finish = attention.activation_map if self.attention == "activation" else attention.spike_map
-        return [finish(a, normalise=self.normalise) for a in self._student_taps.collect()]
-
-    def _ask_teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """The teacher's logits and attention maps."""
-        if self.teacher is None:
-            return None, []
-        by_gradient = self.attention == "gradient"
-        with self._teacher_taps or nullcontext(), torch.set_grad_enabled(by_gradient):
-            logits = self.teacher(images)
-            if not self.attention:
-                return logits, []
-            seen = self._teacher_taps.collect()
-            if by_gradient:
-                # Summed, so that a sample's map does not depend on the size of its batch.
-                seen = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), seen)
-        finish = attention.gradient_map if by_gradient else attention.activation_map
-        maps = [
-            finish(a.detach(), normalise=self.normalise, size=pair.size) for a, pair in zip(seen, self.pairs)
-        ]
-        return logits.detach(), maps
-
-    def _train_epoch(self, epoch: int, loader: Iterable, bar: tqdm) -> dict[str, float]:
-        start, shown = time.perf_counter(), 0.0
-        losses: dict[str, MeanMetric] = {}
-        correct = None
-        self.student.train()
-        for index, batch in enumerate(loader):
-            where = f"batch {index} of epoch {epoch}"
-            images, labels = check_batch(batch, where)
-            if correct is None:
-                self.prepare(images, labels)
-                correct = MulticlassAccuracy(self._num_classes, average="micro").to(self.device)
-            check_labels(labels, self._num_classes, where)
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
-            try:
-                parts, scores = self.train_step(images, labels)
-            except BatchError as error:
-                raise BatchError(f"{where}: {error}") from error
-            correct.update(scores, labels)
-            for name, part in {"loss": sum(parts.values()), **parts}.items():
-                losses.setdefault(name, MeanMetric().to(self.device)).update(part, len(labels))
-            bar.update()
-            if time.perf_counter() - shown > 0.5 and not bar.disable:
-                shown = time.perf_counter()
-                means = {name: f"{metric.compute().item():.4f}" for name, metric in losses.items()}
-                bar.set_postfix(means | {"top1": f"{100 * correct.compute().item():.2f}"})
-        if correct is None:
-            raise BatchError(f"the training loader gave no batch in epoch {epoch}")
-        row = {"epoch": epoch} | {name: metric.compute().item() for name, metric in losses.items()}
-        row["top1"] = 100 * correct.compute().item()
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row["seconds"] = time.perf_counter() - start
-        return row
-
     def prepare(self, images: Tensor, labels: Tensor) -> None:
         """Before the first step: look at what the student gives, choose the pairs and set the taps.
 
@@ -283,51 +345,137 @@ class LaSNNTrainer:
             return
         axis = batch_axis(images, labels)
         small = images.narrow(axis, 0, min(2, len(labels))).to(self.device)
-        random_state = checkpoint.random_state()  # looking must not change what is trained
-        generator = getattr(self.encoder, "generator", None)
-        generator_state = None if generator is None else generator.get_state()
+        before = self._progress.random_state()  # looking must not change what is trained
         self.student.eval()
         functional.reset_net(self.student)
         with torch.no_grad():
             encoded = small if self.encoder is None else self.encoder(small)
             outputs = self.student(encoded)
             self._num_classes = class_scores(outputs, small.shape[axis], self.readout).shape[1]
-            if self.attention:
-                self._set_taps(encoded, small)
+            self._distillation.set_taps(encoded, small, self._num_classes)
         functional.reset_net(self.student)
         self.student.train()
-        checkpoint.set_random_state(random_state)
-        if generator_state is not None:
-            generator.set_state(generator_state)
+        forward = StudentForward(self.student, self._distillation.student_taps, self.time_chunks)
+        if self.compile:
+            forward.compile()
+        if distributed.world_size() > 1:
+            forward = DistributedDataParallel(forward)
+        self._forward = forward
+        self._progress.set_random_state(before)
 
-    def _set_taps(self, encoded: Tensor, images: Tensor) -> None:
-        if self.pairs is None:
-            self.pairs = taps.choose_pairs(self.student, self.teacher, encoded, images, self._names)
-            for level, pair in enumerate(self.pairs):
-                log.info("attention pair %d: %s", level, pair)
-        logits = self.teacher(images)
-        if self.attention == "gradient" and logits.shape[1:] != (self._num_classes,):
-            raise ValueError(
-                f"gradient attention needs a teacher with the student's {self._num_classes} classes, the "
-                f"teacher gives shape {tuple(logits.shape)}"
-            )
-        what = "firing_rate" if self.attention == "activation" else "activation_map"
-        self._student_taps = taps.StudentTaps(
-            self.student, [p.student for p in self.pairs], what, self._through_trace
-        )
-        self._teacher_taps = taps.TeacherTaps(
-            self.teacher, [p.teacher for p in self.pairs], self.attention == "gradient"
-        )
+    def _train_epoch(
+        self,
+        batches: TrainingBatches,
+        epoch: Epoch,
+        bar: tqdm,
+        stop: StopRequest,
+        told: Sequence[Callback],
+    ) -> dict[str, float]:
+        first, begun, shown = epoch.position, time.perf_counter() - epoch.seconds, 0.0
+        source = batches.epoch(epoch.number, first, lambda: self._progress.set_random_state(epoch.random))
+        self.student.train()
+        while True:
+            epoch.seconds = time.perf_counter() - begun
+            self._save_if_due(epoch, first, len(batches), stop)
+            batch = next(source, None)
+            if not (batches.even or distributed.all_of(batch is not None, self.device)):
+                batch = None
+            if batch is None:
+                break
+            where = f"batch {batch.position} of epoch {epoch.number}"
+            images, labels = check_batch(batch.content, where)
+            self.prepare(images, labels)
+            check_labels(labels, self._num_classes, where)
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
+            epoch.position = batch.position + 1
+            try:
+                parts, scores = self.train_step(images, labels)
+            except NonFiniteError as error:
+                self._leave_out(error, where, batch, images, labels)
+                continue
+            except BatchError as error:
+                raise BatchError(f"{where}: {error}") from error
+            self._progress.step += 1
+            if epoch.metrics is None:
+                epoch.metrics = EpochMetrics(self._num_classes, self.device)
+            epoch.metrics.update(parts, scores, labels)
+            if self._folder is not None:
+                self._folder.add_step(self.step, epoch.number, self._lr, parts)
+            for callback in told:
+                callback.on_step(self.step, parts)
+            bar.update()
+            if time.perf_counter() - shown > 0.5 and not bar.disable:
+                shown = time.perf_counter()
+                means = epoch.metrics.compute(together=False)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+        if epoch.metrics is None:
+            gave = f"only batches that were left out, {epoch.skipped}" if epoch.skipped else "no batch"
+            raise BatchError(f"the training loader gave {gave} in epoch {epoch.number}")
+        row = {"epoch": epoch.number} | epoch.metrics.compute() | {"lr": self._lr, "seconds": epoch.seconds}
+        return row | ({"skipped": epoch.skipped} if epoch.skipped else {})
 
-    def _close_taps(self) -> None:
-        for tap in (self._student_taps, self._teacher_taps):
-            if tap is not None:
-                tap.close()
-        self._student_taps = self._teacher_taps = self._num_classes = None
+    def _save_if_due(self, epoch: Epoch, first: int, last: int, stop: StopRequest) -> None:
+        """Write a checkpoint within the epoch where one is due; end here if a signal asked for it."""
+        if self._folder is None:
+            return
+        due = first < epoch.position != last and self._folder.due(self.step)
+        stopped, due = distributed.any_of([stop.signal is not None, due], self.device)
+        if due or (stopped and epoch.position > first):
+            self._progress.save(self._folder)
+        if stopped:
+            log.warning("stopped and saved after step %d; start the same run again to go on", self.step)
+            stop.leave()
 
-    def _settings(self) -> dict[str, object]:
-        """What a resumed run must have in common with the one that wrote the checkpoint."""
+    def _leave_out(
+        self, error: NonFiniteError, where: str, batch: Batch, images: Tensor, labels: Tensor
+    ) -> None:
+        """Count a step that is not finite, or keep it on disk and stop."""
+        shown = f"; its samples are {batch.indices[:16]}" if batch.indices else ""
+        message = f"{where}: {error}{shown}"
+        if self.on_nonfinite == "skip":
+            self._progress.epoch.skipped += 1
+            log.warning("left out: %s", message)
+            return
+        if self.run_dir is not None:
+            folder = self.run_dir / "nonfinite"
+            if distributed.world_size() > 1:
+                folder = folder / f"process{distributed.rank()}"
+            at = {"step": self.step + 1, "epoch": self._progress.epoch.number, "batch": batch.position}
+            nonfinite.keep_for_inspection(folder, self.student, images, labels, error, at, batch.indices)
+            message += f"; the step is kept in {folder}"
+        raise NonFiniteError(message, error.layer) from error
+
+    def _finish_epoch(self, row: dict[str, float], told: Sequence[Callback]) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step()
+        log.info("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        self._progress.finish(row)
+        for callback in told:
+            callback.on_epoch(row)
+        if self._folder is not None:
+            self._progress.save(self._folder)
+            self._folder.write_history(self.history)
+
+    def _told(self) -> list[Callback]:
+        if not distributed.is_main():
+            return []
+        return self.callbacks + ([] if self.run_dir is None else [TensorBoard(self.run_dir / "tensorboard")])
+
+    @property
+    def _lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def settings(self) -> dict[str, object]:
+        """What a resumed run must have in common with the one that wrote the run folder."""
         group = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, tuple))}
+        later = {
+            "precision": (self.precision, "float32"),
+            "accumulate": (self.accumulate, 1),
+            "time_chunks": (self.time_chunks, 1),
+            "clip_norm": (self.clip_norm, None),
+            "on_nonfinite": (self.on_nonfinite, "stop"),
+            "processes": (distributed.world_size(), 1),
+        }
         return {
             "student": type(self.student).__name__,
             "parameters": sum(p.numel() for p in self.student.parameters()),
@@ -342,59 +490,27 @@ class LaSNNTrainer:
             "optimizer": type(self.optimizer).__name__,
             "hyperparameters": json.loads(json.dumps(group)),
             "seed": self.seed,
-        }
+        } | {name: value for name, (value, default) in later.items() if value != default}
 
-    def _resume(self, loader: Iterable) -> int:
-        """Epochs done already; settings of the run folder are written or compared."""
-        if self.run_dir is None:
-            return len(self.history)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        check_settings(self.run_dir / "settings.json", self._settings())
-        path = checkpoint.latest(self.run_dir / "checkpoints")
-        if path is None or self.history:
-            return len(self.history)
-        weights, state = checkpoint.load(path, self.device)
-        self.student.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        for generator, saved in zip(self._generators(loader), state["generators"]):
-            generator.set_state(saved)
-        checkpoint.set_random_state(state["random"])
-        self.history = state["history"]
-        log.info("continuing after epoch %d from %s", len(self.history), path)
-        return len(self.history)
 
-    def _generators(self, loader: Iterable) -> list[torch.Generator]:
-        owners = (self.encoder, loader, getattr(loader, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+def _check_teacher(teacher: nn.Module | None, attention: str | None, objective: objectives.Objective) -> None:
+    if attention not in ("activation", "gradient", None):
+        raise ValueError(f'attention must be "activation", "gradient" or None, got {attention!r}')
+    wanted = attention is not None or objective.needs_teacher
+    if wanted != (teacher is not None):
+        raise ValueError(
+            f"attention={attention!r} with {type(objective).__name__} "
+            + ("needs a teacher" if wanted else "makes no use of a teacher")
+            + "; give both, or attention=None and no teacher"
+        )
 
-    def _finish_epoch(self, row: dict[str, float], loader: Iterable, writer) -> None:
-        self.history.append(row)
-        log.info("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        if self.run_dir is None:
-            return
-        for name, value in row.items():
-            if name != "epoch":
-                writer.add_scalar(name, value, row["epoch"])
-        state = {
-            "history": self.history,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "generators": [generator.get_state() for generator in self._generators(loader)],
-            "random": checkpoint.random_state(),
-        }
-        checkpoint.save(self.run_dir / "checkpoints", row["epoch"], self.student.state_dict(), state)
-        columns = list(dict.fromkeys(itertools.chain.from_iterable(self.history)))
-        with open(self.run_dir / "metrics.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows(self.history)
 
-    def _tensorboard(self):
-        if self.run_dir is None:
-            return None
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        *others, last = (f'"{one}"' for one in allowed)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
-        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=len(self.history) + 1)
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")

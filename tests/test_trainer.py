@@ -282,7 +282,7 @@ def test_a_bad_batch_loses_nothing(tmp_path):
         trainer.fit(Turns(), epochs=3)
     now = weights_of(student)
     assert all(torch.equal(now[name], tensor) for name, tensor in seen[-1].items())
-    assert (tmp_path / "checkpoints" / "00000001" / "student.safetensors").exists()
+    assert (tmp_path / "checkpoints" / "00000002" / "student.safetensors").exists()
     assert len(trainer.fit(loader(16), epochs=3)) == 3
 
 

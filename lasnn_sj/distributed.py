@@ -1,0 +1,96 @@
+"""Several processes that train one network: who this one is, and the few things they tell each other.
+
+``torchrun`` starts the processes; everything here also works alone, where it does nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def initialise(device: torch.device) -> torch.device:
+    """Join the processes that ``torchrun`` started, if it did; NCCL on CUDA, gloo elsewhere.
+
+    Args:
+        device: where this process is to train.
+
+    Returns:
+        The device, on CUDA the one of this process' ``LOCAL_RANK``.
+    """
+    if not dist.is_initialized():
+        if not dist.is_available() or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return device
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 if it is alone."""
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _together() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum of every process' ``values``, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(flags: list[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether any process raised it."""
+    if world_size() == 1:
+        return flags
+    raised = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def all_of(flag: bool, device: torch.device) -> bool:
+    """Whether every process raised the flag."""
+    return not any_of([not flag], device)[0]
+
+
+def from_main(value: object) -> object:
+    """What process 0 has."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def of_all(value: object) -> list:
+    """Every process' value, in order of rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,67 @@
+"""Means over an epoch that survive a restart and add up over processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+_LOCAL = {"sync_on_compute": False, "compute_with_cache": False}
+
+
+class EpochMetrics:
+    """Losses and accuracy of the samples so far.
+
+    Args:
+        num_classes: ``K``.
+        device: where the step's results are.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.device = device
+        self.losses: dict[str, MeanMetric] = {}
+        self.correct = MulticlassAccuracy(num_classes, average="micro", **_LOCAL).to(device)
+        self.correct.persistent(True)
+
+    def update(self, parts: dict[str, Tensor], scores: Tensor, labels: Tensor) -> None:
+        """A step's parts of the loss, class scores ``[N, K]`` and labels ``[N]``."""
+        self.correct.update(scores, labels)
+        for name, part in {"loss": sum(parts.values()), **parts}.items():
+            self._loss(name).update(part, len(labels))
+
+    def compute(self, together: bool = True) -> dict[str, float]:
+        """``loss``, its parts and ``top1`` in percent, of all processes or of this one."""
+        means = {name: _value(metric, together) for name, metric in self.losses.items()}
+        return means | {"top1": 100 * _value(self.correct, together)}
+
+    def state_dict(self) -> dict[str, object]:
+        """What :meth:`restored` takes back."""
+        losses = {name: metric.state_dict() for name, metric in self.losses.items()}
+        num_classes = self.correct.num_classes
+        return {"num_classes": num_classes, "losses": losses, "correct": self.correct.state_dict()}
+
+    @classmethod
+    def restored(cls, state: dict[str, object], device: torch.device) -> EpochMetrics:
+        """Metrics that go on from :meth:`state_dict`."""
+        metrics = cls(state["num_classes"], device)
+        for name, saved in state["losses"].items():
+            _restore(metrics._loss(name), saved)
+        _restore(metrics.correct, state["correct"])
+        return metrics
+
+    def _loss(self, name: str) -> MeanMetric:
+        if name not in self.losses:
+            self.losses[name] = MeanMetric(**_LOCAL).to(self.device)
+            self.losses[name].persistent(True)
+        return self.losses[name]
+
+
+def _restore(metric: Metric, saved: dict[str, Tensor]) -> None:
+    metric.load_state_dict(saved)
+    metric._update_count = 1  # else it warns that there is nothing to compute from
+
+
+def _value(metric: Metric, together: bool) -> float:
+    with metric.sync_context(should_sync=together, should_unsync=together):
+        return metric.compute().item()

@@ -1,0 +1,59 @@
+"""Numbers of a training step: which precision, and the update from finite gradients only."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .nonfinite import NonFiniteError, last_gradient
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Precision:
+    """Autocast, the scaling of float16's gradients, clipping, and the optimiser's step.
+
+    Args:
+        name: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: where training runs.
+        clip_norm: longest gradient (L2 over all parameters), or ``None``.
+    """
+
+    def __init__(self, name: str, device: torch.device, clip_norm: float | None) -> None:
+        self.dtype, self.device, self.clip_norm = DTYPES[name], device, clip_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+
+    def autocast(self, wanted: bool = True) -> torch.autocast:
+        """Context of a forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=wanted and self.dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss' gradients to the parameters'."""
+        self.scaler.scale(loss).backward()
+
+    def update(self, optimizer: Optimizer, student: nn.Module) -> None:
+        """Clip and step.
+
+        float16's scale is found by trying: a gradient beyond its range halves the scale and leaves the
+        weights alone.
+
+        Raises:
+            NonFiniteError: the gradient is not finite; the weights are as they were.
+        """
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if math.isfinite(norm.item()):
+            if self.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        elif not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+            layer = last_gradient(student)
+            raise NonFiniteError(f"the gradient is not finite, first in {layer}", layer)
+        self.scaler.step(optimizer)
+        self.scaler.update()
