@@ -58,16 +58,25 @@ class Recipe:
         encoding: ``"poisson"`` or ``"direct"``.
         attention: ``"activation"`` or ``"gradient"``.
         alpha: weight of the attention loss.
-        leak, gamma: leak of the neurons and height of the surrogate (Eq. 1, 15).
+        leak: factor of the potential per time step (Eq. 1); 1 is no leak.
+        gamma: height of the surrogate (Eq. 15).
         dropout: dropout probability of the student, as ANN and as SNN.
         teacher: ``"resnet20"``, ``"vgg16"`` or ``"densenet121"`` in CIFAR form.
         teacher_width: factor of the teacher's channels (not of DenseNet121's).
-        teacher_epochs, teacher_lr, teacher_batch: stage 1, SGD.
-        ann_epochs, ann_lr, ann_batch: stage 2, SGD.
-        calibration_images, calibration_steps: batch and time steps of threshold balancing.
+        teacher_epochs: of stage 1, the teacher's training by SGD.
+        teacher_lr: learning rate of stage 1, a tenth after 60, 80 and 90 % of the epochs.
+        teacher_batch: images of a training step in stage 1.
+        ann_epochs: of stage 2, the intermediate ANN's training by SGD.
+        ann_lr: learning rate of stage 2, falling as stage 1's.
+        ann_batch: images of a training step in stage 2.
+        calibration_images: how many threshold balancing sees.
+        calibration_steps: time steps of threshold balancing.
         threshold_statistic: ``"max"`` or a percentile.
         threshold_scale: factor of the thresholds for stage 3 (the converted SNN itself has factor 1).
-        epochs, lr, batch, weight_decay: stage 3, Adam; the hybrid baseline has the same.
+        epochs: of stage 3, the student's training by Adam; the baselines that train have the same.
+        lr: learning rate of stage 3.
+        batch: images of a training step in stage 3.
+        weight_decay: of stage 3.
         validate_every: stage 3 looks at the test images after every so many epochs.
         seed: of weights, order of the images, codes and dropout.
         workers: processes that load images.

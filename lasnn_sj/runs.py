@@ -168,7 +168,8 @@ class LaSNN(Run):
                     raise ValueError(f"{key}: there is no {name!r}{config.nearest(name, list(known))}")
 
     def part(self, seed: int) -> pipeline.Pipeline:
-        teacher = None if self.teacher_checkpoint is None else ready_teacher(self.teacher_checkpoint)
+        path = self.teacher_checkpoint
+        teacher = None if path is None else models.published_resnet20(path)
         recipe = dataclasses.replace(self.recipe, seed=seed)
         folder = self.run_dir / f"seed{seed}"
         return pipeline.Pipeline(recipe, self.data, folder, teacher=teacher, device=self.device)
@@ -328,11 +329,3 @@ def open_folder(run_dir: str | Path) -> tuple[Run, list[int]]:
     if not seeds:
         raise config.ConfigError(f"{folder} has no seed's folder; train again")
     return dataclasses.replace(read(folder / FILE), run_dir=folder), seeds
-
-
-def ready_teacher(path: Path) -> nn.Module:
-    """The published ResNet-20, which was trained on images normalised with ImageNet's statistics."""
-    net = models.teacher_resnet20(num_classes=10)
-    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
-    return models.WithStatistics(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).eval()
