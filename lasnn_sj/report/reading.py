@@ -1,0 +1,348 @@
+"""Run folders as plain values; whatever is not there or damaged becomes a note that names the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1  # of inspection.json that this understands
+FILES = ("settings.json", "metrics.csv", "result.json", "thresholds.json", "inspection.json",
+         "weights.safetensors")  # fmt: skip
+# Folders of a Pipeline and of a Study, in the order of their tables.
+TITLES = {
+    "teacher": "teacher",
+    "ann": "intermediate ANN",
+    "converted": "converted",
+    "converted_10T": "converted, 10 T",
+    "calibrated": "calibrated",
+    "start": "start of training",
+    "hybrid": "hybrid (CE only)",
+    "label_kd": "label distillation",
+    "spike_kd": "spike-based KD",
+    "lasnn": "LaSNN",
+    "alone": "student alone",
+    "default": "teacher-default KD",
+}
+NOT_INSPECTED = ("teacher", "ann", "converted", "converted_10T", "calibrated")
+
+
+@dataclass
+class Part:
+    """One training, or another result, that has a folder of its own.
+
+    Attributes:
+        path: its folder.
+        kind: what it is among the parts of its run, the folder's name.
+        settings, result, thresholds, inspection: the JSON files; empty where there is none to read.
+        metrics: one row for each epoch, numbers by column, ``None`` where a cell has none.
+        arrays: inspection.npz.
+    """
+
+    path: Path
+    kind: str
+    settings: dict = field(default_factory=dict)
+    result: dict = field(default_factory=dict)
+    thresholds: dict = field(default_factory=dict)
+    inspection: dict = field(default_factory=dict)
+    metrics: list[dict[str, float | None]] = field(default_factory=list)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The kind in words."""
+        if self.kind.startswith("sparse_"):
+            return f"sparse-KD, pruned {self.kind.removeprefix('sparse_')}"
+        return TITLES.get(self.kind, self.kind)
+
+    def number(self, name: str) -> float | None:
+        """A number of the result, or else of the inspection."""
+        value = number(self.result.get(name))
+        return number(self.inspection.get(name)) if value is None else value
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Epochs and values of a column of the metrics, where both are there."""
+        points = [(row.get("epoch"), row.get(name)) for row in self.metrics]
+        points = [(x, y) for x, y in points if x is not None and y is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+
+@dataclass
+class Run:
+    """A folder with its parts; notes say what is missing in it.
+
+    Attributes:
+        path: the folder.
+        name: how it is told from the report's other runs.
+        recipe: recipe.json.
+        config: config.yaml, as it is.
+    """
+
+    path: Path
+    name: str
+    recipe: dict = field(default_factory=dict)
+    config: str | None = None
+    parts: list[Part] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read(folders: Iterable[str | Path]) -> list[Run]:
+    """Every run in the folders: a folder of one training, of stages or rows, or of several such runs.
+
+    Raises:
+        NotADirectoryError: a path that is no folder.
+    """
+    runs: list[Run] = []
+    for path in map(Path, folders):
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise NotADirectoryError(f"{path} {what}; a report is made of run folders")
+        inside = [path]
+        if not _has_parts(path):
+            inside = [sub for sub in _folders(path) if _has_parts(sub)] or [path]
+        above = _text(path / "config.yaml", [])
+        for folder in inside:
+            if folder.resolve() not in [run.path.resolve() for run in runs]:
+                runs.append(_read_run(folder, above))
+    names = _short_names([run.path for run in runs])
+    for run, name in zip(runs, names):
+        run.name = name
+        for part in run.parts:
+            if part.path == run.path:
+                part.kind = name
+    return runs
+
+
+def number(value: object) -> float | None:
+    """A finite number, or ``None``."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def numbers(value: object) -> list[float]:
+    """A list of finite numbers, or an empty one where anything in it is not."""
+    found = [number(item) for item in value] if isinstance(value, list) else []
+    return [] if None in found else found
+
+
+def records(value: object) -> list[dict]:
+    """The objects of a list of objects."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def record(value: object) -> dict:
+    """An object, an empty one where there is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def flat(settings: Mapping, prefix: str = "") -> dict[str, str]:
+    """Settings as one level of text, names of nested ones joined by dots."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
+def _read_run(path: Path, config: str | None) -> Run:
+    run = Run(path, path.name)
+    run.config = _text(path / "config.yaml", run.notes) or config
+    run.recipe = _json(path / "recipe.json", run.notes, path)
+    places = [path] * _is_part(path) + [sub for sub in _folders(path) if _is_part(sub) or _is_empty(sub)]
+    if not places:
+        run.notes.append(
+            f"{path}: nothing of a run is in here (none of {', '.join(FILES[:5])}, here or one folder below)"
+        )
+    stages = bool(run.recipe) or (path / "recipe.json").exists()
+    run.parts = [_read_part(place, path, stages and place != path, run.notes) for place in places]
+    unseen = [
+        part for part in run.parts
+        if part.metrics and part.kind not in NOT_INSPECTED and not (part.path / "inspection.json").exists()
+    ]  # fmt: skip
+    if unseen:
+        where = "" if unseen[0].path == path else f" in {', '.join(part.kind for part in unseen)}"
+        run.notes.append(
+            f"inspection.json is missing{where}: no attention maps, firing rates by layer or energy; "
+            f"LaSNNTrainer.inspect(test_loader) writes it"
+        )
+    order = list(TITLES)
+    run.parts.sort(
+        key=lambda part: (
+            order.index(part.kind) if part.kind in TITLES else order.index("alone") + 0.5, part.kind
+        )
+    )  # fmt: skip
+    return run
+
+
+def _read_part(path: Path, run: Path, stage: bool, notes: list[str]) -> Part:
+    part = Part(path, path.name)
+    for name in ("settings", "result", "thresholds", "inspection"):
+        setattr(part, name, _json(path / f"{name}.json", notes, run))
+    part.metrics = _metrics(path / "metrics.csv", notes, run)
+    here = "" if path == run else f"{path.relative_to(run)}/"
+    trained = (path / "settings.json").exists() or (path / "metrics.csv").exists()
+    if stage and not (path / "result.json").exists():
+        done = f"{len(part.metrics)} epochs are done" if trained else "it has not begun"
+        notes.append(f"{here}result.json is missing: {path.name} is not finished, {done}")
+    if trained and not (path / "metrics.csv").exists():
+        notes.append(f"{here}metrics.csv is missing: no epoch is finished")
+    if trained and not (path / "settings.json").exists():
+        notes.append(f"{here}settings.json is missing: the settings of this training are not known")
+    if part.inspection:
+        _check_inspection(part, f"{here}inspection.json", notes)
+        part.arrays = _arrays(path / "inspection.npz", notes, run)
+    return part
+
+
+def _check_inspection(part: Part, name: str, notes: list[str]) -> None:
+    found, usable = part.inspection, {
+        "top1_over_time": numbers(part.inspection.get("top1_over_time")),
+        "layers": records(part.inspection.get("layers")),
+        "operations": record(part.inspection.get("operations")),
+        "examples": records(part.inspection.get("examples")),
+        "levels": records(part.inspection.get("levels")),
+        "environment": record(part.inspection.get("environment")),
+    }  # fmt: skip
+    if found.get("format") != FORMAT:
+        notes.append(
+            f"{name} has format {found.get('format')!r}, this report reads {FORMAT}: parts may be missing"
+        )
+    absent = [key for key, value in usable.items() if not value and not _said_to_be_absent(key, found)]
+    if absent:
+        notes.append(f"{name} has no usable {', '.join(absent)}")
+    if isinstance(found.get("missing"), str):
+        notes.append(f"{name} says: {found['missing']}")
+    part.inspection = found | usable
+
+
+def _said_to_be_absent(key: str, inspection: Mapping) -> bool:
+    """Whether the inspection itself says that there is nothing of this."""
+    nothing = {"levels": [], "top1_over_time": None}
+    return key in inspection and key in nothing and inspection[key] == nothing[key]
+
+
+def _metrics(path: Path, notes: list[str], run: Path) -> list[dict[str, float | None]]:
+    text = _text(path, notes, run)
+    if text is None:
+        return []
+    name = path.relative_to(run)
+    try:
+        lines = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        notes.append(f"{name} is damaged: {error}")
+        return []
+    if not lines or "epoch" not in lines[0]:
+        notes.append(f"{name} is damaged: its first line does not name the columns, epoch among them")
+        return []
+    columns, rows, bad = lines[0], [], []
+    for index, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        row = dict(zip(columns, map(_cell, line)))
+        if len(line) != len(columns) or row["epoch"] is None or "bad" in row.values():
+            bad.append(index)
+        else:
+            rows.append(row)
+    if bad or (rows and not text.endswith(("\n", "\r"))):
+        lines_ = f"in line {', '.join(map(str, bad[:8]))}" if bad else "in its last line"
+        notes.append(f"{name} is damaged or cut off {lines_}; what stands there is left out or may be short")
+    elif not rows:
+        notes.append(f"{name} holds no finished epoch")
+    return rows
+
+
+def _cell(text: str) -> float | str | None:
+    if not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return "bad"
+    return number(value)
+
+
+def _arrays(path: Path, notes: list[str], run: Path) -> dict[str, np.ndarray]:
+    name = path.relative_to(run)
+    if not path.exists():
+        notes.append(f"{name} is missing: no attention maps")
+        return {}
+    found, damaged = {}, []
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                try:
+                    found[key] = arrays[key]
+                except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+                    damaged.append(key)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+        notes.append(f"{name} is damaged: {error}")
+        return {}
+    except AttributeError:  # a single array has neither names nor an end
+        notes.append(f"{name} is damaged: it holds no named arrays")
+        return {}
+    if damaged:
+        notes.append(f"{name} is damaged in {', '.join(damaged)}")
+    return found
+
+
+def _json(path: Path, notes: list[str], run: Path) -> dict:
+    text = _text(path, notes, run)
+    if text is None:
+        return {}
+    name = path.relative_to(run)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        notes.append(f"{name} is damaged: {error}")
+        return {}
+    if not isinstance(found, dict):
+        notes.append(f"{name} is damaged: it holds no JSON object but {type(found).__name__}")
+        return {}
+    return found
+
+
+def _text(path: Path, notes: list[str], run: Path | None = None) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        notes.append(f"{path.relative_to(run) if run else path} cannot be read: {error}")
+        return None
+
+
+def _folders(path: Path) -> list[Path]:
+    hidden = ("checkpoints", "tensorboard")
+    found = [sub for sub in path.iterdir() if sub.is_dir() and sub.name not in hidden]
+    return sorted(sub for sub in found if not sub.name.startswith("."))
+
+
+def _is_part(path: Path) -> bool:
+    return any((path / name).exists() for name in (*FILES, "checkpoints"))
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir())
+
+
+def _has_parts(path: Path) -> bool:
+    return _is_part(path) or (path / "recipe.json").exists() or any(map(_is_part, _folders(path)))
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
