@@ -56,7 +56,7 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
         torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {final} could not be read again and is not written ({error}); optimiser and "
+            f"checkpoint {final} could not be read again and is not written ({_short(error)}); optimiser and "
             f"scheduler must keep numbers, strings, tensors, dicts, lists and tuples in their state_dict"
         ) from error
     # Bytes first: the writers of both formats hide the system's error.
@@ -151,8 +151,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
         if not isinstance(state, dict):
             raise ValueError(f"{_STATE} holds a {type(state).__name__}, not a dict")
     except Exception as error:  # what is damaged raises every kind
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged ({reason})") from error
+        raise CheckpointError(f"checkpoint {path} is damaged ({_short(error)})") from error
     return {name: tensor.to(device) for name, tensor in weights.items()}, state
 
 
@@ -265,6 +264,11 @@ def _regular(path: Path, at_most: int) -> bytes:
     if not isinstance(at_most, int) or size > at_most:
         raise ValueError(f"{path.name} has {size} bytes, more than the {at_most!r} it may have")
     return path.read_bytes()
+
+
+def _short(error: Exception) -> str:
+    """PyTorch's errors go on for lines with advice to be less careful."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _flush(path: Path) -> None:

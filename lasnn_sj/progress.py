@@ -147,6 +147,7 @@ class Progress:
                     "no checkpoint of the epoch that was cut off: it begins again, weights as they are"
                 )
             self.epoch = None
+            folder.go_back(self.step, self.history)
             return
         path, weights, state = found
         try:

@@ -206,7 +206,9 @@ class LaSNNTrainer:
             SystemExit, KeyboardInterrupt: after SIGTERM or SIGINT, once a checkpoint is written.
         """
         batches = TrainingBatches(train_loader)
-        self._progress.use_generators([self.encoder, train_loader, getattr(train_loader, "sampler", None)])
+        loaders = [train_loader, val_loader]
+        samplers = [getattr(loader, "sampler", None) for loader in loaders]
+        self._progress.use_generators([self.encoder, *loaders, *samplers])
         if self.run_dir is not None:
             self._folder = RunFolder(self.run_dir, self.checkpoint_every)
             self._folder.check_settings(self.settings())
