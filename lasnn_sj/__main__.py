@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def evaluate(
     run = dataclasses.replace(run, device=device or run.device)
     print("seed  row                  top-1 %   loss     samples")
     for seed in seeds:
-        for row in rows or run.own_rows(seed):
+        for row in rows or run.rows:
             result = run.evaluate(seed, row)
             print(f"{seed:<5} {row:<20} {result['top1']:<9.2f} {result['loss']:<8.4f} {result['samples']}")
 
@@ -115,7 +116,7 @@ def export(
     Args:
         run_dir: folder of a run that ``train`` or an example made.
         out: file to write, such as student.nir.
-        row: which of its students, the last of the run's own if not given.
+        row: which of its students, the last row's if not given.
         seed: of which seed, the first if not given.
     """
     from . import export as nir_export
@@ -123,7 +124,7 @@ def export(
 
     run, seeds = runs.open_folder(run_dir)
     seed = seeds[0] if seed is None else seed
-    row = row or (run.own_rows(seed) or [""])[-1]
+    row = row or run.rows[-1]
     path = nir_export.save(run.student(seed, row), out, run.sample_shape)
     print(f"{path}: {row} of seed {seed}, input {list(run.sample_shape)} at each step")
 
@@ -198,6 +199,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if not _is_ours(error):
             raise
         sys.exit(f"{PROG}: {error}")
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped; a training goes on when the same command is given again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -85,7 +85,7 @@ def plain(value: object) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     """``"; did you mean X?"`` where a known name is near, else ``"; known are ..."``."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
@@ -96,11 +96,11 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _nearest(kind: type, key: str, prefix: str) -> str:
+    """:func:`nearest` for a key, which may also be right but a level too high."""
     own = [field.name for field in dataclasses.fields(kind)]
-    if difflib.get_close_matches(key, own, n=1, cutoff=0.6):
-        return nearest(key, own).replace("mean ", f"mean {prefix}", 1)
-    below = [name for name in _dotted(kind) if name.rpartition(".")[2] == key]  # right, one level too high
-    return f"; did you mean {prefix}{below[0]}?" if below else nearest(key, own)
+    near = difflib.get_close_matches(key, own, n=1)
+    near += [name for name in _dotted(kind) if name.rpartition(".")[2] == key]
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(own)}"
 
 
 def _dotted(kind: type) -> Iterator[str]:

@@ -19,6 +19,7 @@ from .evaluation import evaluate
 from .neurons import keep_freed_memory
 
 FILE = "config.yaml"
+NO_STUDENT = ("teacher", "ann", "converted_10T")  # stages of LaSNN that leave no spiking network
 LASNN_STUDENTS = ("conv3_linear2", "vgg5", "vgg7", "vgg9", "vgg16", "resnet12", "resnet20")
 
 
@@ -98,14 +99,15 @@ class Run(ABC):
         rows = (self._row(f.name) for f in folders if (f / "weights.safetensors").exists())
         return [row for row in rows if row is not None]
 
-    def own_rows(self, seed: int) -> list[str]:
-        """The finished students that the method is about."""
-        return self.finished(seed)
-
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the student is given at each step."""
         return (self.data.in_channels, self.data.image_size, self.data.image_size)
+
+    @property
+    @abstractmethod
+    def rows(self) -> list[str]:
+        """The trained students that the run is about."""
 
     @abstractmethod
     def part(self, seed: int) -> pipeline.Pipeline | reverse.Study:
@@ -165,7 +167,11 @@ class LaSNN(Run):
         ):
             for name in given:
                 if name not in known:
-                    raise ValueError(f"{key}: there is no {name!r}{config.nearest(name, list(known))}")
+                    raise ValueError(f"{key}: there is no {name!r}{config.nearest(name, known)}")
+
+    @property
+    def rows(self) -> list[str]:
+        return [stage for stage in self.stages if stage not in NO_STUDENT][-1:] or ["lasnn"]
 
     def part(self, seed: int) -> pipeline.Pipeline:
         path = self.teacher_checkpoint
@@ -183,9 +189,6 @@ class LaSNN(Run):
     def _encoder(self, seed: int) -> nn.Module:
         return self.part(seed).encoder()
 
-    def own_rows(self, seed: int) -> list[str]:
-        return [self.stages[-1]]
-
     def _run_part(self, part: pipeline.Pipeline) -> Mapping:
         return part.run(self.stages)
 
@@ -193,11 +196,16 @@ class LaSNN(Run):
         return pipeline.table(self.recipe, list(results.values()))
 
     def _row(self, folder: str) -> str | None:
-        return None if folder in ("teacher", "ann") else folder
+        return None if folder in NO_STUDENT else folder
 
 
 class _Reverse(Run):
     """What reverse distillation has in common on images and on event frames."""
+
+    @property
+    def rows(self) -> list[str]:
+        sparse = [f"sparse {ratio:g}" for ratio in self.recipe.ratios]
+        return ["alone", *sparse, *(["default"] if self.recipe.default else [])]
 
     def _table(self, results: Mapping[int, Mapping]) -> str:
         reverse.write_csv(self.run_dir / "table.csv", results)
@@ -308,9 +316,8 @@ def read(path: str | Path) -> Run:
     mapping = config.read(path)
     method = mapping.pop("method", None)
     if method not in METHODS:
-        known = list(METHODS)
         given = "no method" if method is None else f"method {method!r}, which there is not"
-        raise config.ConfigError(f"{path}: has {given}{config.nearest(str(method), known)}")
+        raise config.ConfigError(f"{path}: has {given}{config.nearest(str(method), list(METHODS))}")
     return config.build(METHODS[method], mapping, str(path))
 
 

@@ -104,7 +104,7 @@ def test_evaluate_repeats_the_training_s_result(trained, capsys):
         folder = trained[name]
         cli.main(["evaluate", str(folder), *rows])
         lines = lines_of(capsys)[1:]
-        done = rows or ["alone", "default", "sparse 0.3"]
+        done = rows or ["alone", "sparse 0.3", "default"]
         assert [line[6:27].strip() for line in lines] == done
         for row, line in zip(done, lines):
             result = json.loads((folder / "seed3" / row.replace(" ", "_") / "result.json").read_text())
@@ -214,6 +214,17 @@ def test_foreign_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(runs, "read", lambda path: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["train", "c.yaml"])
+
+
+def test_an_interrupted_run_says_how_it_goes_on(monkeypatch, capsys):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "read", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "c.yaml"])
+    assert stopped.value.code == 130
+    assert "goes on when the same command is given again" in capsys.readouterr().err
 
 
 def test_reproduce_and_report_hand_over_their_arguments(monkeypatch, capsys):
