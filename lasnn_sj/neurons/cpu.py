@@ -1,61 +1,46 @@
 """The time loop on the CPU: memory and threads around the Numba kernels.
 
-A kernel call releases the GIL and does one range of neurons; a small pool of Python threads covers
-the layer. (Numba's own threads would abort a forked worker, or a second thread that runs neurons at
-the same time.)
+A kernel call releases the GIL and does one range of neurons; :mod:`.threads` cover the layer. (Numba's
+own threads would abort a forked worker, or a second thread that runs neurons at the same time.)
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import repeat
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernels import NONE, backward_range, decoded, forward_range, slope_bytes
+from .cpu_kernels import CHUNK, backward_range, backward_scratch, decoded, forward_range, forward_scratch
 from .dynamics import LoopParameters
 from .layout import empty_sequence
 from .memory import advise_huge_pages
+from .threads import spread
 
-BLOCK = 4096  # neurons that run together: their rows fit the second-level cache
+BLOCK = 65536  # neurons that run together: their state fits the second-level cache
+MAP_BLOCK = 2048  # the same with maps, which take up to 37 values a neuron
 LINE = 64  # neurons whose slope bytes fill a cache line: no two threads write into one
 SERIAL = 1 << 15  # neuron-steps below which handing out work costs more than it saves
+STREAM = 4 << 20  # bytes of a result above which it would not stay in the cache until it is read
 
 
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # keyed by the process: threads do not survive a fork
-    return ThreadPoolExecutor(threads, thread_name_prefix="time_loop")
-
-
-def _spread(kernel: Callable[[int, int, int], int], n: int, T: int) -> list[int]:
-    """Call ``kernel(start, stop, block)`` over all neurons, in about three pieces per thread."""
+def _spread(kernel: Callable[[int, int], int], n: int, T: int) -> int:
+    """The sum of ``kernel(start, stop)`` over all neurons, cut into about four pieces per thread."""
     threads = torch.get_num_threads()
-    if threads == 1 or n * T < SERIAL:
-        return [kernel(0, n, min(BLOCK, n))]
-    piece = -(-n // (3 * threads * LINE)) * LINE
-    starts = range(0, n, piece)
-    stops = [min(start + piece, n) for start in starts]
-    return list(_pool(os.getpid(), threads).map(kernel, starts, stops, repeat(min(BLOCK, piece))))
+    if n * T < SERIAL:
+        return kernel(0, n)
+    return spread(kernel, n, -(-n // (4 * threads * LINE)) * LINE, threads)
 
 
-def _flat(t: Tensor | None, step: Tensor) -> np.ndarray:
-    """``t`` as float32 in the memory order of ``step``, flat; copied only where it is not so yet."""
-    if t is None:
-        return NONE
-    if t.dtype != torch.float32 or t.stride() != step.stride():
-        t = torch.empty_like(step, dtype=torch.float32).copy_(t)
-    return _memory(t)
+def _flat(t: Tensor | None, step: Tensor) -> Tensor | None:
+    """``t`` as float32 in the memory order of ``step``; copied only where it is not so yet."""
+    if t is None or (t.dtype == torch.float32 and t.stride() == step.stride()):
+        return t
+    return torch.empty_like(step, dtype=torch.float32).copy_(t)
 
 
-def _memory(t: Tensor) -> np.ndarray:
-    """The memory behind a tensor that has no gaps, as a flat array."""
-    return t.detach().as_strided((t.numel(),), (1,)).numpy()
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
 
 
 def _row_step(x: Tensor) -> int:
@@ -95,15 +80,20 @@ def forward(
     amap = torch.empty_like(step) if p.activation_map else None
     if n == 0:
         return spikes, v_T, rate, amap, slope
-    x_step = _row_step(x)
-    arrays = (
-        x.detach().as_strided(((T - 1) * x_step + n,), (1,)).numpy(), x_step, _flat(v, step),
-        _flat(mask, step), _memory(spikes), _memory(v_T), _flat(rate, step), _flat(amap, step),
-        _memory(slope), T, n,
+    v, mask = _flat(v, step), _flat(mask, step)
+    arguments = (
+        *_addresses(x, v, mask, spikes, v_T, rate, amap, slope), T, n, _row_step(x), spikes.nbytes >= STREAM,
+        p.reset, p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, _code(p), p.scale,
     )  # fmt: skip
-    numbers = map(np.float32, (p.leak, p.gain, p.offset, p.v_threshold, p.v_reset))
-    scalars = (p.reset, *numbers, _code(p), np.float32(p.scale))
-    if any(_spread(lambda *part: forward_range(*arrays, *part, *scalars), n, T)):
+    has_maps = p.firing_rate or p.activation_map
+    kernel, block = forward_range(), min(MAP_BLOCK if has_maps else BLOCK, n)
+
+    def part(start: int, stop: int) -> int:
+        scratch = torch.empty(forward_scratch(block, has_maps))
+        byte_row = torch.empty(CHUNK, dtype=torch.uint8)
+        return kernel(*arguments, *_addresses(scratch, byte_row), block, start, stop)
+
+    if _spread(part, n, T):
         raise ValueError("x (or the state v) holds NaN or infinity: the potential ends without a value")
     return spikes, v_T, rate, amap, slope
 
@@ -130,27 +120,27 @@ def backward(
     g_v0 = torch.empty_like(step, dtype=torch.float32)
     if n == 0:
         return g_x, g_v0
-    g_step = n
-    if g_spikes is None:
-        g = NONE
-    elif g_spikes.dtype == torch.float32 and g_spikes[0].stride() == step.stride():
-        g_step = _row_step(g_spikes)
-        g = g_spikes.detach().as_strided(((T - 1) * g_step + n,), (1,)).numpy()
-    else:
-        g = _memory(torch.empty_like(g_x).copy_(g_spikes))
+    if g_spikes is not None and (g_spikes.dtype != torch.float32 or g_spikes[0].stride() != step.stride()):
+        g_spikes = torch.empty_like(g_x).copy_(g_spikes)
+    g_step = 0 if g_spikes is None else _row_step(g_spikes)
+    fired = None if spikes is None else spikes.to(torch.float32)
     attached = 0.0 if p.detach_reset else 1.0 if p.reset == 2 else p.v_threshold
-    slope0 = np.empty(0, np.uint8)
-    if attached and p.reset == 0:
-        start = np.abs(_flat(v0, step) - np.float32(p.v_threshold))
-        slope0 = np.empty(n, np.uint8)
-        slope_bytes(start, slope0, p.shape, np.float32(p.scale))
-    bits = np.empty(0, np.int32) if spikes is None else _memory(spikes.to(torch.float32).view(torch.int32))
-    arrays = (
-        g, g_step, _flat(g_v, step), _flat(g_rate, step), _flat(g_map, step), bits, _memory(slope),
-        slope0, _flat(mask, step), _memory(g_x), _memory(g_v0), T, n,
+    g_v, g_rate, g_map, v0, mask = (_flat(t, step) for t in (g_v, g_rate, g_map, v0, mask))
+    slope_of, away_of = decoded(_code(p), p.scale)
+    arguments = (
+        *_addresses(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask),
+        slope_of.ctypes.data, away_of.ctypes.data, *_addresses(g_x, g_v0),
+        T, n, g_step, g_x.nbytes >= STREAM,
+        p.reset, p.leak, p.gain, p.v_threshold, attached, p.peak / 255, p.v_reset - p.v_threshold,
+        _code(p), p.scale, p.through_trace,
     )  # fmt: skip
-    back = p.v_reset - p.v_threshold
-    numbers = map(np.float32, (p.leak, p.gain, attached, p.peak / 255, back))
-    scalars = (p.reset, *numbers, decoded(_code(p), p.scale), p.through_trace)
-    _spread(lambda *part: backward_range(*arrays, *part, *scalars), n, T)
+    has_maps = g_rate is not None or g_map is not None
+    kernel, block = backward_range(), min(MAP_BLOCK if has_maps else BLOCK, n)
+
+    def part(start: int, stop: int) -> int:
+        scratch = torch.empty(backward_scratch(block, has_maps))
+        byte_row = torch.empty(CHUNK, dtype=torch.uint8)
+        return kernel(*arguments, *_addresses(scratch, byte_row), block, start, stop)
+
+    _spread(part, n, T)
     return g_x, g_v0

@@ -16,7 +16,17 @@ from torch import nn
 from torch.testing import assert_close
 
 from lasnn_sj import neurons
-from lasnn_sj.neurons import LIFNode, LinearSurrogate, backends, cpu_kernels, dynamics, op, use_backend
+from lasnn_sj.neurons import (
+    LIFNode,
+    LinearSurrogate,
+    backends,
+    cpu,
+    cpu_kernels,
+    dynamics,
+    op,
+    threads,
+    use_backend,
+)
 from lasnn_sj.neurons.dynamics import Dynamics, LoopParameters, run
 from lasnn_sj.neurons.op import time_loop
 
@@ -49,7 +59,7 @@ class Rounded(nn.Module):
     def bytes(self, x):
         distance = x.detach().abs().flatten().numpy()
         slope = np.empty(distance.shape, np.uint8)
-        cpu_kernels.slope_bytes(distance, slope, self.code, np.float32(self.scale))
+        cpu_kernels.slope_bytes(distance, slope, slope.size, self.code, np.float32(self.scale))
         return torch.from_numpy(slope).reshape(x.shape).long()
 
     def forward(self, x):
@@ -127,6 +137,8 @@ def cases(draw):
         "through_trace": draw(st.booleans()),
         # inputs on a grid meet the threshold exactly
         "on_grid": draw(st.booleans()),
+        # as large layers are cut up: blocks shorter than a row, results past the cache
+        "small_blocks": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -151,7 +163,8 @@ def test_equals_the_oracle(case):
     attached_hard = d.reset == "hard" and not d.detach_reset
     rounded = Rounded(function, d.v_threshold, attached_hard)
     step = attached_hard_step if attached_hard else dynamics.step
-    with mock.patch.object(dynamics, "step", step):
+    cut = {"BLOCK": 100, "MAP_BLOCK": 100, "STREAM": 0} if case["small_blocks"] else {"BLOCK": cpu.BLOCK}
+    with mock.patch.object(dynamics, "step", step), mock.patch.multiple(cpu, **cut):
         (ours, g_x, g_v), (oracle, o_x, o_v) = both(
             x, v, d, function, mask, case["maps"], case["through_trace"], rounded
         )
@@ -228,7 +241,7 @@ def test_the_trace_of_an_old_spike_reaches_the_backward():
 def test_the_distance_found_from_a_byte_has_that_byte(code, scale):
     slopes, distances = cpu_kernels.decoded(code, scale)
     bytes_again = np.empty(256, np.uint8)
-    cpu_kernels.slope_bytes(distances, bytes_again, code, np.float32(scale))
+    cpu_kernels.slope_bytes(distances, bytes_again, 256, code, np.float32(scale))
     assert bytes_again[1:].tolist() == list(range(1, 256))
     assert (np.diff(distances) < 0).all()
     assert (np.diff(slopes) > 0).all()
@@ -368,13 +381,15 @@ def test_under_autocast_the_neuron_takes_and_gives_bfloat16():
     assert conv.weight.grad.abs().sum() > 0
 
 
-def test_same_result_on_any_number_of_threads_and_from_several_at_once():
+@pytest.mark.parametrize("openmp", [True, False])
+def test_same_result_on_any_number_of_threads_and_from_several_at_once(openmp, monkeypatch):
     torch.manual_seed(0)
     x, v = torch.randn(20, 9001), torch.zeros(9001)
 
     def spikes():
         return time_loop(x, v, Dynamics(), LinearSurrogate()).spikes
 
+    monkeypatch.setattr(threads, "_openmp", threads._openmp if openmp else None)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -382,15 +397,30 @@ def test_same_result_on_any_number_of_threads_and_from_several_at_once():
         torch.set_num_threads(3)
         assert torch.equal(spikes(), alone)
         results = []
-        threads = [threading.Thread(target=lambda: results.append(spikes())) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        callers = [threading.Thread(target=lambda: results.append(spikes())) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
     finally:
         torch.set_num_threads(before)
     assert len(results) == 4
     assert all(torch.equal(r, alone) for r in results)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_pieces_are_done_once_each_and_an_error_in_one_is_raised(openmp, monkeypatch):
+    monkeypatch.setattr(threads, "_openmp", threads._openmp if openmp else None)
+    done = []
+
+    def piece(start, stop):
+        done.extend(range(start, stop))
+        return stop - start
+
+    assert threads.spread(piece, 1001, 64, 3) == 1001
+    assert sorted(done) == list(range(1001))
+    with pytest.raises(ZeroDivisionError):
+        threads.spread(lambda start, stop: 1 // start, 1001, 64, 3)
 
 
 class SpikingDataset(torch.utils.data.Dataset):
