@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import page, reading
 from .charts import COLOURS, Picture
+from .maps import maps as maps_of
 
 __all__ = ["report"]
 
@@ -47,7 +48,7 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
     curves = page.curves(series)
     timing, by_step = page.over_time(series)
     layers, layer_tables = page.spikes(series)
-    maps = list(page.maps(series))
+    maps = list(maps_of(series))
     text = _template().render(
         names=[run.name for run in runs],
         paths=[str(run.path) for run in runs],
