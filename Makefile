@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint wheel-check clean
+.PHONY: quickstart test lint docs wheel-check clean
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -15,6 +15,10 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Any warning is an error.
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 # A built wheel works in an empty environment, away from the repository.
 wheel-check: $(READY)
