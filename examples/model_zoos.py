@@ -3,9 +3,9 @@
     pip install timm          # or: pip install '.[teachers]'
     python examples/model_zoos.py --teacher test_resnet
 
-Any name that timm knows can be the teacher; with ``--pretrained`` its published weights are where training
-starts. The student is SpikingJelly's ``MNISTNet`` as its zoo builds it. The images are scikit-learn's digits,
-enlarged and augmented by ``torchvision.transforms.v2``.
+Any convolutional network that timm knows can be the teacher; with ``--pretrained`` its published weights are
+where training starts. The student is SpikingJelly's ``MNISTNet`` as its zoo builds it. The images are
+scikit-learn's digits, enlarged and augmented by ``torchvision.transforms.v2``.
 """
 
 import argparse

@@ -119,10 +119,13 @@ def export(
         row: which of its students, the last row's if not given.
         seed: of which seed, the first if not given.
     """
+    import dataclasses
+
     from . import export as nir_export
     from . import runs
 
     run, seeds = runs.open_folder(run_dir)
+    run = dataclasses.replace(run, device="cpu")  # wherever it was trained
     seed = seeds[0] if seed is None else seed
     row = row or run.rows[-1]
     path = nir_export.save(run.student(seed, row), out, run.sample_shape)

@@ -61,8 +61,8 @@ def to_nir(student: nn.Module, sample_shape: Sequence[int], dt: float = DT) -> n
 
     Args:
         student: network of convolutions, linear layers, batch norm, average pooling and SpikingJelly's
-            ``IFNode``, ``LIFNode`` or ``ParametricLIFNode`` with hard reset (accelerated or not). It is left
-            as it is, in its evaluation mode, its step mode does not matter.
+            ``IFNode``, ``LIFNode`` or ``ParametricLIFNode`` with hard reset (accelerated or not), in either
+            step mode. It is written as it evaluates, without dropout, and not changed.
         sample_shape: shape of one sample at one step, ``(C, H, W)``, without time and batch.
         dt: seconds of a time step, the unit of NIR's time constants.
 
@@ -208,7 +208,9 @@ def _rebuild(student: nn.Module, example: torch.Tensor) -> fx.GraphModule:
 
 def _add(rebuilt: dict[str, nn.Module], node: fx.Node, module: nn.Module) -> str:
     """Keep a node's module under a name without the wrapper's leading number."""
-    name = node.name.removeprefix("_0_") or node.name
+    name = node.name.removeprefix("_0_")
+    while name in rebuilt:
+        name += "_"
     rebuilt[name] = module
     return name
 

@@ -59,8 +59,7 @@ class Run(ABC):
         Raises:
             ValueError: the folder holds a run with other settings, or the device is not there.
         """
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {self.device}, but PyTorch sees no CUDA device; give device cpu")
+        self._check_device()
         if self.device == "cpu":
             keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
         parts = {seed: self.part(seed) for seed in self.seeds}  # raises where the folder is another run's
@@ -84,7 +83,9 @@ class Run(ABC):
 
         Raises:
             FileNotFoundError: that row is not finished; the message says which are.
+            ValueError: the device is not there.
         """
+        self._check_device()
         done = self.finished(seed)
         if row not in done:
             raise FileNotFoundError(
@@ -132,6 +133,10 @@ class Run(ABC):
 
     def _run_part(self, part: pipeline.Pipeline | reverse.Study) -> Mapping:
         return part.run()
+
+    def _check_device(self) -> None:
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device}, but PyTorch sees no CUDA device; give device cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

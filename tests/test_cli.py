@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -202,8 +203,17 @@ def test_overrides_take_the_file_s_place(monkeypatch):
     assert run == dataclasses.replace(there, recipe=recipe, device="cpu")
 
 
-def test_a_device_that_is_not_there(tmp_path, monkeypatch):
+def test_a_device_that_is_not_there(trained, tmp_path, monkeypatch, capsys):
+    """A run of a machine with a GPU: evaluated where it is asked for, exported anywhere."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = shutil.copytree(trained["smoke_reverse_digits"], tmp_path / "from_elsewhere")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("device: cpu", "device: cuda"))
+    with pytest.raises(SystemExit, match="device is cuda, but PyTorch sees no CUDA device; give device cpu"):
+        cli.main(["evaluate", str(folder)])
+    cli.main(["evaluate", str(folder), "--device", "cpu"])
+    assert [line[6:16].strip() for line in lines_of(capsys)[-3:]] == ["alone", "sparse 0.3", "default"]
+    cli.main(["export", str(folder), str(tmp_path / "s.nir")])
     path = str(CONFIGS[0].parent / "smoke_digits.yaml")
     with pytest.raises(SystemExit, match="device is cuda, but PyTorch sees no CUDA device; give device cpu"):
         cli.main(["train", path, "--device", "cuda", "--run-dir", str(tmp_path / "run")])

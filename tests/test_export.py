@@ -235,14 +235,15 @@ def test_containers_and_functions_that_carry_time():
             super().__init__()
             self.first = layer.SeqToANNContainer(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2))
             self.pool, self.a, self.b = layer.AvgPool2d(2), lif(0.3), lif(0.3)
-            self.conv, self.out = layer.Conv2d(2, 2, 1), layer.Linear(8, 3)
+            self.conv = layer.Conv2d(2, 2, 1)
+            self.flatten = layer.Linear(8, 3)  # a name that the function's call would have
             functional.set_step_mode(self, "m")
 
         def forward(self, x):
             x = self.pool(self.a(self.first(x)))
             y = self.conv(x)
             y += x
-            return self.out(torch.flatten(self.pool(self.b(y)), 2))
+            return self.flatten(torch.flatten(self.pool(self.b(y)), 2))
 
     torch.manual_seed(0)
     net = Net().eval()
