@@ -24,7 +24,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     names = {}
     for line, source in blocks(page):
         code = compile("\n" * line + source, str(page), "exec")  # so that an error names the page's line
-        exec(code, names)  # noqa: S102
+        exec(code, names)
 
 
 def test_the_pages_have_blocks_and_links_that_lead_somewhere():

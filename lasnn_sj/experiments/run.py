@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import data, models
+from ..neurons import keep_freed_memory
 from ..pipeline import Pipeline
 from ..reverse import Study
 from . import report, scales
@@ -300,6 +301,8 @@ def _work_on_own_device(place: Place, job: tuple[str, list[Row], int]) -> dict[t
 def _work(place: Place, job: tuple[str, list[Row], int]) -> dict[tuple[str, int], str]:
     what, rows, seed = job
     failed = {}
+    if place.device == "cpu":
+        keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
     for row in rows:
         try:
             if what == "teacher":
