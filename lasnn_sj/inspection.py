@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +18,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from . import checkpoint, events, taps
+from . import checkpoint, distributed, events, taps
 from .activity import spike_statistics
-from .attention import activation_map, gradient_map, spike_map
+from .distillation import Distillation
 from .energy import COST, count_operations
 from .evaluation import batch_axis, check_batch, device_of, evaluate
 from .neurons import backend
@@ -58,9 +57,11 @@ def inspect(
     The first holds accuracy after each time step, operations and energy by then beside the same network's
     as ANN, firing rate, spikes and threshold of each layer, and versions, hardware and command line. The
     second holds, for some samples that the student gets right and some that it gets wrong, the input as a
-    picture and the attention maps of both networks at each level, L2-normalised (Eq. 5-6, 10-11).
+    picture and the attention maps of both networks at each level as training compares them: L2-normalised,
+    the teacher's at the student's size (Eq. 5-6, 10-11).
 
-    Networks and random generators are left as they were.
+    Networks and random generators are left as they were. Of several processes all must call it, and the
+    first writes.
 
     Args:
         student: spiking network in multi-step mode.
@@ -102,16 +103,19 @@ def inspect(
         small = images.narrow(axis, 0, min(COUNTED, len(labels))).to(device)
         encoded = small if encoder is None else encoder(small)
         with torch.no_grad():
-            every_step = student(encoded).dim() == 3
+            outputs = student(encoded)
+        every_step, classes = outputs.dim() == 3, outputs.shape[-1]
         operations = count_operations(student, encoded, events=encoder is None)
         result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step)
         seen = spike_statistics(student, loader, encoder, samples, device=device)
-        levels, missing = _levels(
-            student, teacher, pairs, encoded[:, :2], small.narrow(axis, 0, min(2, small.shape[axis]))
-        )
-        chosen, arrays = _examples(
-            student, teacher, levels, loader, encoder, attention, readout, examples, samples, device
-        )
+        distillation = Distillation(student, teacher, attention, True, False, pairs, chunked=False)
+        try:
+            tapped, levels, missing = _tap(distillation, encoded, small, axis, pairs is not None, classes)
+            chosen, arrays = _examples(
+                distillation, tapped, levels, loader, encoder, readout, examples, samples, device
+            )
+        finally:
+            distillation.close()
     modules = dict(student.named_modules())
     found = {
         "format": FORMAT,
@@ -151,10 +155,13 @@ def inspect(
         "missing": missing,
         "environment": environment(device),
     }
-    _write(folder / "inspection.npz", lambda file: np.savez_compressed(file, **arrays))
-    text = json.dumps(found, indent=1) + "\n"
     path = folder / "inspection.json"
-    _write(path, lambda file: file.write(text.encode()))
+    if distributed.is_main():
+        part = folder / "inspection.npz.part"
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(folder / "inspection.npz")
+        checkpoint.write_text(path, json.dumps(found, indent=1) + "\n")
     log.info("inspection of %s: top-1 %.2f %%, %s", folder, result["top1"], path)
     return path
 
@@ -214,105 +221,79 @@ def _kept_as_they_were(
             generator.set_state(generator_state)
 
 
-def _levels(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    pairs: Sequence[tuple[str, str]] | None,
-    encoded: Tensor,
-    images: Tensor,
-) -> tuple[list[dict[str, str | None]], str | None]:
-    """Layers whose maps are shown, and why some maps are missing."""
-    missing = None
-    if teacher is not None:
+def _tap(
+    distillation: Distillation, encoded: Tensor, images: Tensor, axis: int, given: bool, classes: int
+) -> tuple[taps.StudentTaps | None, list[dict[str, str | None]], str | None]:
+    """The student's taps, the layers whose maps are shown, and why some maps are missing."""
+    student, missing = distillation.student, None
+    encoded, images = encoded[:, :2], images.narrow(axis, 0, min(2, images.shape[axis]))
+    if distillation.teacher is not None:
         try:
-            chosen = taps.choose_pairs(student, teacher, encoded, images, pairs)
-            return [{"student": p.student, "teacher": p.teacher} for p in chosen], None
-        except (taps.TapError, ValueError, RuntimeError) as error:
-            if pairs is not None:
+            distillation.set_taps(encoded, images, classes)
+            levels = [{"student": pair.student, "teacher": pair.teacher} for pair in distillation.pairs]
+            return distillation.student_taps, levels, None
+        except (ValueError, RuntimeError) as error:
+            if given:
                 raise
+            distillation.pairs = None
             # a teacher of scores alone may take other input than images, or have no feature maps
             missing = f"no attention maps of the teacher: {error}"
     try:
         names = taps.choose_layers(student, encoded)
     except taps.TapError as error:
-        return [], f"no attention maps: {error}"
-    return [{"student": name, "teacher": None} for name in names], missing
+        return None, [], f"no attention maps: {error}"
+    what = "activation_map" if distillation.by_gradient else "firing_rate"
+    distillation.student_taps = taps.StudentTaps(student, names, what)
+    return distillation.student_taps, [{"student": name, "teacher": None} for name in names], missing
 
 
 @torch.no_grad()
 def _examples(
-    student: nn.Module,
-    teacher: nn.Module | None,
+    distillation: Distillation,
+    tapped: taps.StudentTaps | None,
     levels: Sequence[dict[str, str | None]],
     loader: Iterable,
     encoder: nn.Module | None,
-    attention: str,
     readout: str,
     examples: int,
     samples: int,
     device: torch.device,
 ) -> tuple[list[dict[str, int | None]], dict[str, np.ndarray]]:
     """The first samples that are right and the first that are wrong, with what is shown of them."""
-    what, finish = {
-        "activation": ("firing_rate", activation_map),
-        "gradient": ("activation_map", spike_map),
-    }[attention]
-    tapped = taps.StudentTaps(student, [level["student"] for level in levels], what)
     kinds: dict[bool, list[tuple[dict, Tensor, list[Tensor]]]] = {True: [], False: []}
     half, seen = examples // 2, 0
-    try:
-        for index, batch in enumerate(loader):
-            images, labels = check_batch(batch, f"inspection batch {index}")
-            axis = batch_axis(images, labels)
-            images = images.to(device)
-            with tapped:
-                outputs = student(images if encoder is None else encoder(images))
-                read = tapped.collect()
-            functional.reset_net(student)
-            maps = [finish(a).view(len(a), *a.shape[-2:]).cpu() for a in read]
-            guesses = class_scores(outputs, len(labels), readout).argmax(1).tolist()
-            for n, (label, guess) in enumerate(zip(labels.tolist(), guesses)):
-                kind = kinds[label == guess]
-                if len(kind) < examples:
-                    about = {"index": seen + n, "label": label, "prediction": guess, "teacher": None}
-                    kind.append((about, images.select(axis, n), [a[n] for a in maps]))
-            seen += len(labels)
-            if (len(kinds[False]) >= half and len(kinds[True]) >= examples - half) or seen >= samples:
-                break
-    finally:
-        tapped.close()
+    for index, batch in enumerate(loader):
+        images, labels = check_batch(batch, f"inspection batch {index}")
+        axis = batch_axis(images, labels)
+        images = images.to(device)
+        with tapped or nullcontext():
+            outputs = distillation.student(images if encoder is None else encoder(images))
+            read = tapped.collect() if tapped else []
+        functional.reset_net(distillation.student)
+        maps = [m.view(len(m), *a.shape[-2:]).cpu() for m, a in zip(distillation.student_maps(read), read)]
+        guesses = class_scores(outputs, len(labels), readout).argmax(1).tolist()
+        for n, (label, guess) in enumerate(zip(labels.tolist(), guesses)):
+            kind = kinds[label == guess]
+            if len(kind) < examples:
+                about = {"index": seen + n, "label": label, "prediction": guess, "teacher": None}
+                kind.append((about, images.select(axis, n), [m[n] for m in maps]))
+        seen += len(labels)
+        if (len(kinds[False]) >= half and len(kinds[True]) >= examples - half) or seen >= samples:
+            break
     wrong = min(len(kinds[False]), max(half, examples - len(kinds[True])))
     chosen = kinds[True][: examples - wrong] + kinds[False][:wrong]
     abouts, inputs = [about for about, _, _ in chosen], torch.stack([x for _, x, _ in chosen], dim=axis)
     arrays = {"inputs": _pictures(inputs, axis)}
     for number in range(len(levels)):
         arrays[f"student_{number}"] = torch.stack([maps[number] for _, _, maps in chosen]).float().numpy()
-    names = [level["teacher"] for level in levels if level["teacher"] is not None]
-    if names:
+    if distillation.pairs:
         labels = torch.tensor([about["label"] for about in abouts], device=device)
-        guesses, maps = _ask_teacher(teacher, names, inputs, labels, attention)
-        for about, guess in zip(abouts, guesses):
+        logits, maps = distillation.ask_teacher(inputs, labels)
+        for about, guess in zip(abouts, logits.argmax(1).tolist()):
             about["teacher"] = guess
-        arrays |= {f"teacher_{number}": a.float().cpu().numpy() for number, a in enumerate(maps)}
+        for number, (found, pair) in enumerate(zip(maps, distillation.pairs)):
+            arrays[f"teacher_{number}"] = found.view(-1, *pair.size).float().cpu().numpy()
     return abouts, arrays
-
-
-def _ask_teacher(
-    teacher: nn.Module, names: Sequence[str], images: Tensor, labels: Tensor, attention: str
-) -> tuple[list[int], list[Tensor]]:
-    """The teacher's classes, and its map ``[N, H, W]`` of each layer, at the layer's own size."""
-    by_gradient = attention == "gradient"
-    tapped = taps.TeacherTaps(teacher, names, by_gradient)
-    try:
-        with tapped, torch.set_grad_enabled(by_gradient):
-            logits = teacher(images)
-            read = tapped.collect()
-            if by_gradient:
-                read = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), read)
-    finally:
-        tapped.close()
-    finish = gradient_map if by_gradient else activation_map
-    return logits.argmax(1).tolist(), [finish(a.detach()).view(len(a), *a.shape[-2:]) for a in read]
 
 
 def _pictures(images: Tensor, axis: int) -> np.ndarray:
@@ -331,10 +312,3 @@ def _number(value: object) -> float | None:
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None
     return float(value) if isinstance(value, (int, float)) else None
-
-
-def _write(path: Path, write) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-    part.replace(path)

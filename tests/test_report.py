@@ -315,13 +315,27 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path, undrawn):
     add_metrics(tmp_path / "hybrid", ["epoch", "loss"], [[1, 2.0], [2, 1.5]])
     (tmp_path / "lasnn").mkdir()
     write(tmp_path / "label_kd" / "settings.json", {"seed": 0})
+    (tmp_path / "label_kd" / "steps.csv").write_text(
+        "step,epoch,lr,loss,kd\n1,1,0.1,3,2\n2,1,0.1,2.5,1.5\n3,1,0."
+    )
     page = Page(report(tmp_path))
     assert "hybrid/result.json is missing: hybrid is not finished, 2 epochs are done" in page.text
     assert "lasnn/result.json is missing: lasnn is not finished, it has not begun" in page.text
     assert "label_kd/metrics.csv is missing: no epoch is finished" in page.text
+    assert "label_kd/steps.csv is damaged or cut off in line 4" in page.text
+    assert "label distillation ends at 2.5" in page.label("loss, all parts together: loss over step")
     assert "inspection.json is missing in hybrid:" in page.text
     assert page.table("Results on the test data")["intermediate ANN"]["top-1 %"] == "70.25"
     assert "hybrid (CE only) ends at 1.5" in page.label("loss, all parts together")
+
+
+def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
+    write(tmp_path / "settings.json", {})
+    rows = "".join(f"{n},1,{1 / n}\n" for n in range(1, 30_001))
+    (tmp_path / "steps.csv").write_text("step,epoch,loss\n" + rows)
+    made = report(tmp_path)
+    assert f"ends at {1 / 30_000:.4g}" in Page(made).label("loss, all parts together")
+    assert made.stat().st_size < 100_000
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path, inspected, undrawn):

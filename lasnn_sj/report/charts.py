@@ -28,6 +28,7 @@ SERIES = [name for name in COLOURS if name.startswith("c")]
 MARKERS = "osD^vP*X"
 STYLES = ("-", "--", ":", "-.")
 MOST_BARS = 24  # layers in one chart
+MOST_POINTS = 400  # of a curve
 
 
 @dataclass
@@ -79,7 +80,7 @@ def lines(
     said = []
     for line in series:
         colour = COLOURS[SERIES[line.colour % len(SERIES)]][0]
-        xs, ys = ([np.asarray(curve[axis], dtype=float) for curve in line.curves] for axis in (0, 1))
+        xs, ys = ([_thinned(curve[axis]) for curve in line.curves] for axis in (0, 1))
         shape = {"color": colour, "linestyle": STYLES[line.style % len(STYLES)], "linewidth": 1.8}
         if max(map(len, xs)) <= 16:
             shape |= {"marker": MARKERS[line.colour % len(MARKERS)], "markersize": 4.5}
@@ -209,6 +210,12 @@ def _figure(height: float = 2.6):
     axes.xaxis.label.set(color=ink, size=10)
     axes.yaxis.label.set(color=ink, size=10)
     return figure, axes
+
+
+def _thinned(values: Sequence[float]) -> np.ndarray:
+    """Values of a curve, evenly fewer where they are more than can be seen; the last stays."""
+    chosen = np.linspace(0, len(values) - 1, min(len(values), MOST_POINTS)).round().astype(int)
+    return np.asarray(values, dtype=float)[chosen]
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import charts
@@ -135,22 +135,21 @@ def _of_run(series: Sequence[Series], name: str) -> dict[str, float]:
 
 
 def curves(series: Sequence[Series]) -> list[Picture]:
-    """Every column of the metrics over the epochs."""
-    there = dict.fromkeys(
-        name for line in series for _, part in line.parts for row in part.metrics for name in row
-    )
+    """Every column of the metrics over the epochs; over the steps where no two epochs are done."""
+    return [*_curves(series, "epoch"), *_curves(series, "step")]
+
+
+def _curves(series: Sequence[Series], by: str) -> Iterator[Picture]:
+    tables = [part.metrics if by == "epoch" else part.steps for line in series for _, part in line.parts]
+    there = dict.fromkeys(name for rows in tables for row in rows for name in row)
     names = [name for name in COLUMNS if name in there]
-    names += [name for name in there if name not in (*COLUMNS, "epoch", "seconds")]
-    pictures = []
-    for name in names:
-        drawn = [line.line(lambda part, name=name: part.column(name)) for line in series]
+    names += [name for name in there if name not in (*COLUMNS, "epoch", "step", "seconds")]
+    for number_, name in enumerate(names):
+        drawn = [line.line(lambda part, name=name: part.column(name, by)) for line in series]
         drawn = [line for line in drawn if line is not None]
         if drawn:
             title = COLUMNS.get(name, name)
-            pictures.append(
-                charts.lines(f"curve_{len(pictures)}_{file_name(name)}", title, "epoch", name, drawn)
-            )
-    return pictures
+            yield charts.lines(f"{by}_{number_}_{file_name(name)}", title, by, name, drawn)
 
 
 def over_time(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:

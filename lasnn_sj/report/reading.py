@@ -42,7 +42,7 @@ class Part:
         path: its folder.
         kind: what it is among the parts of its run, the folder's name.
         settings, result, thresholds, inspection: the JSON files; empty where there is none to read.
-        metrics: one row for each epoch, numbers by column, ``None`` where a cell has none.
+        metrics, steps: one row for each epoch and step, numbers by column, ``None`` where a cell has none.
         arrays: inspection.npz.
     """
 
@@ -53,6 +53,7 @@ class Part:
     thresholds: dict = field(default_factory=dict)
     inspection: dict = field(default_factory=dict)
     metrics: list[dict[str, float | None]] = field(default_factory=list)
+    steps: list[dict[str, float | None]] = field(default_factory=list)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -67,9 +68,9 @@ class Part:
         value = number(self.result.get(name))
         return number(self.inspection.get(name)) if value is None else value
 
-    def column(self, name: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of a column of the metrics, where both are there."""
-        points = [(row.get("epoch"), row.get(name)) for row in self.metrics]
+    def column(self, name: str, by: str = "epoch") -> tuple[list[float], list[float]]:
+        """Epochs (or steps) and values of a column of the metrics, where both are there."""
+        points = [(row.get(by), row.get(name)) for row in (self.metrics if by == "epoch" else self.steps)]
         points = [(x, y) for x, y in points if x is not None and y is not None]
         return [x for x, _ in points], [y for _, y in points]
 
@@ -187,7 +188,9 @@ def _read_part(path: Path, run: Path, stage: bool, notes: list[str]) -> Part:
     part = Part(path, path.name)
     for name in ("settings", "result", "thresholds", "inspection"):
         setattr(part, name, _json(path / f"{name}.json", notes, run))
-    part.metrics = _metrics(path / "metrics.csv", notes, run)
+    part.metrics = _rows(path / "metrics.csv", "epoch", notes, run)
+    if len(part.metrics) < 2:  # else the epochs say enough
+        part.steps = _rows(path / "steps.csv", "step", notes, run)
     here = "" if path == run else f"{path.relative_to(run)}/"
     trained = (path / "settings.json").exists() or (path / "metrics.csv").exists()
     if stage and not (path / "result.json").exists():
@@ -230,7 +233,7 @@ def _said_to_be_absent(key: str, inspection: Mapping) -> bool:
     return key in inspection and key in nothing and inspection[key] == nothing[key]
 
 
-def _metrics(path: Path, notes: list[str], run: Path) -> list[dict[str, float | None]]:
+def _rows(path: Path, key: str, notes: list[str], run: Path) -> list[dict[str, float | None]]:
     text = _text(path, notes, run)
     if text is None:
         return []
@@ -240,15 +243,15 @@ def _metrics(path: Path, notes: list[str], run: Path) -> list[dict[str, float | 
     except csv.Error as error:
         notes.append(f"{name} is damaged: {error}")
         return []
-    if not lines or "epoch" not in lines[0]:
-        notes.append(f"{name} is damaged: its first line does not name the columns, epoch among them")
+    if not lines or key not in lines[0]:
+        notes.append(f"{name} is damaged: its first line does not name the columns, {key} among them")
         return []
     columns, rows, bad = lines[0], [], []
     for index, line in enumerate(lines[1:], 2):
         if not line:
             continue
         row = dict(zip(columns, map(_cell, line)))
-        if len(line) != len(columns) or row["epoch"] is None or "bad" in row.values():
+        if len(line) != len(columns) or row[key] is None or "bad" in row.values():
             bad.append(index)
         else:
             rows.append(row)
@@ -256,7 +259,7 @@ def _metrics(path: Path, notes: list[str], run: Path) -> list[dict[str, float | 
         lines_ = f"in line {', '.join(map(str, bad[:8]))}" if bad else "in its last line"
         notes.append(f"{name} is damaged or cut off {lines_}; what stands there is left out or may be short")
     elif not rows:
-        notes.append(f"{name} holds no finished epoch")
+        notes.append(f"{name} holds no finished {key}")
     return rows
 
 
