@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 
 import torch
@@ -29,6 +30,8 @@ def initialise(device: torch.device) -> torch.device:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(_leave)
+        if dist.get_rank() > 0:  # each message once
+            logging.getLogger(__package__).setLevel(logging.WARNING)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device

@@ -267,7 +267,12 @@ class LaSNNTrainer:
                 scores.append(piece_scores)
                 for name, part in parts.items():
                     total[name] = total.get(name, 0) + part.detach() * share
-            self._numbers.update(self.optimizer, self.student)
+            try:
+                self._numbers.update(self.optimizer, self.student)
+            except NonFiniteError as error:
+                functional.reset_net(self.student)
+                self._explain(images if self.encoder is None else self.encoder(images), str(error), error)
+                raise
         finally:
             functional.reset_net(self.student)
         return total, torch.cat(scores)
