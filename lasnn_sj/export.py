@@ -13,6 +13,10 @@ the image itself, again and again), its output the class scores of that step. Sp
   becomes average pooling.
 - An :class:`~lasnn_sj.neurons.IntegratorNode` at the output is left out: the sum of the outputs over time
   is its potential.
+
+SpikingJelly reads all of it back. snnTorch 1.0 reads LIF neurons (with the ``dt`` of :data:`DT`) and no IF;
+Norse 1.1 reads IF neurons, LIF neurons with ``decay_input=True``, and no average pooling. Both take one
+sample at a time, as NIR's flattening counts no batch.
 """
 
 from __future__ import annotations

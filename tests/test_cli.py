@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lasnn_sj import __main__ as cli
-from lasnn_sj import config, models, runs
+from lasnn_sj import config, models, reverse, runs
 from lasnn_sj.events import Framing
 from lasnn_sj.pipeline import Recipe
 
@@ -288,6 +289,18 @@ def test_help_of_a_configuration_says_units_and_values(capsys):
     assert "--recipe.epochs INT of every training. (default: 200)" in text
     assert "--framing.denoise-us {None}|FLOAT drop an event" in text
     assert "microseconds" in text
+
+
+@pytest.mark.parametrize("kind", [*runs.METHODS.values(), Recipe, reverse.Recipe, Framing])
+def test_every_option_has_words_of_its_own(kind):
+    """What ``--help`` prints: tyro finds a field's words by its name alone."""
+    text = "".join(base.__doc__ or "" for base in kind.__mro__)
+    without = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if not re.search(rf"^ +{field.name}: \S", text, re.MULTILINE)
+    ]
+    assert without == []
 
 
 @dataclasses.dataclass(frozen=True)
