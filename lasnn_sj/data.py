@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+
+from .archives import read_npz
 
 # Per channel, of pixels in [0, 1]; the published values of the training images.
 STATISTICS = {
@@ -171,11 +172,10 @@ def _npz(path: Path, augment: bool) -> ImageData:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; it must hold the arrays {', '.join(_KEYS)}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = file.files
-            arrays = [file[key] for key in _KEYS if key in found]
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+        by_name, found = read_npz(path, _KEYS)
+    except OSError as error:
         raise ValueError(f"{path} cannot be read as an .npz file ({error})") from error
+    arrays = list(by_name.values())
     if len(arrays) < len(_KEYS):
         missing = [key for key in _KEYS if key not in found]
         raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it has {', '.join(found)}")

@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from .archives import read_npz
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class EventFrames(Dataset):
         if path.exists():
             try:
                 return self._read_cached(path, made_from)
-            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            except (OSError, KeyError, ValueError) as error:
                 log.warning("cached frames %s are damaged (%s) and made anew", path, error)
         frames = self._make(index)
         small = frames.astype(np.min_scalar_type(int(frames.max())))
@@ -216,10 +216,13 @@ class EventFrames(Dataset):
         )
 
     def _read_cached(self, path: Path, made_from: str) -> np.ndarray:
-        with np.load(path, allow_pickle=False) as file:  # checks each array's CRC
-            if str(file["made_from"]) != made_from:
-                raise ValueError(f"made from {file['made_from']}")
-            return file["frames"]
+        found, _ = read_npz(path, ("made_from", "frames"))  # checks each array's CRC
+        if str(found["made_from"]) != made_from:
+            raise ValueError(f"made from {found['made_from']}")
+        frames = found["frames"]
+        if frames.ndim != 4 or frames.shape[:2] != (self.framing.T, 2) or frames.dtype.kind != "u":
+            raise ValueError(f"it holds {frames.dtype} {frames.shape}")
+        return frames
 
     def _write_cached(self, path: Path, frames: np.ndarray, made_from: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,73 @@
+"""NumPy archives that somebody else made: read only when they hold what their headers say."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+DENSEST = 1040  # deflate makes at most so many bytes of one
+
+
+class ArchiveError(ValueError):
+    """An ``.npz`` file that cannot be used; the message says why."""
+
+
+def read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Those of the named arrays that an ``.npz`` file has, and the names of all that it has.
+
+    Shapes, sizes and checksums are held against each other before memory is taken: it grows with the file
+    and not with what the file declares. Pickles are not read, and nothing is unpacked.
+
+    Raises:
+        ArchiveError: the file is damaged, or declares more than it holds or than this machine has memory.
+        OSError: it cannot be opened.
+    """
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            if len(entries) < len(archive.infolist()):
+                raise ValueError("two of its entries have one name")
+            declared = 0
+            for name in names:
+                if name in entries:
+                    declared += _declared(archive, entries[name], size)
+            if declared > _memory():
+                raise ValueError(f"its arrays take {declared / 2**30:.1f} GiB, more memory than there is")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names if name in entries}, list(entries)
+    except OSError:
+        raise
+    except Exception as error:  # what is damaged raises every kind
+        raise ArchiveError(f"{path} cannot be read as an .npz file ({error})") from error
+
+
+def _declared(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_size: int) -> int:
+    """Bytes of an array by its header, which must be there."""
+    if entry.compress_size > file_size or entry.file_size > DENSEST * (entry.compress_size + 1):
+        raise ValueError(f"{entry.filename} declares {entry.file_size} bytes, which cannot be in the file")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{entry.filename} is of the unknown version {version}")
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    wanted = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or any(n < 0 for n in shape) or wanted > entry.file_size:
+        raise ValueError(f"{entry.filename} declares an array {shape} of {dtype}, which it does not hold")
+    return wanted
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; where nobody knows, no bound."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63
