@@ -18,7 +18,7 @@ from .memory import advise_huge_pages
 from .threads import spread
 
 BLOCK = 65536  # neurons that run together: their state fits the second-level cache
-MAP_BLOCK = 2048  # the same with maps, which take up to 37 values a neuron
+MAP_BLOCK = 1024  # the same with maps, which take up to 69 values a neuron
 LINE = 64  # neurons whose slope bytes fill a cache line: no two threads write into one
 SERIAL = 1 << 15  # neuron-steps below which handing out work costs more than it saves
 STREAM = 4 << 20  # bytes of a result above which it would not stay in the cache until it is read

@@ -26,7 +26,7 @@ from .dynamics import TRACE_DECAY
 
 CHUNK = 256  # neurons of a row that go through all its loops together
 LINE = 64  # bytes of a cache line
-WINDOW = 32  # steps of the spike trace that the backward holds at a time
+WINDOW = 64  # steps of the spike trace that the backward holds at a time
 MEMORY = 24  # steps after which a spike has left the trace: exp(-24) = 4e-11
 
 ZERO, ONE, HALF, BYTE = np.float32(0), np.float32(1), np.float32(0.5), np.float32(255)
@@ -380,11 +380,14 @@ def traces_before(bits, window, trace, block, count, n, t0, t1):
     """
     fill(trace, ZERO, count)
     for t in range(max(0, t0 - MEMORY), t1):
-        if t >= t0:
-            put(at(window, (t - t0) * block), trace, count, 4, False)
-        row = at(bits, t * n)
-        for i in range(count):
-            trace[i] = DECAY * (trace[i] + (ONE if row[i] != 0 else ZERO))
+        for c in range(0, count, CHUNK):
+            m = min(CHUNK, count - c)
+            row, chunk = at(bits, t * n + c), at(trace, c)
+            fetch(at(row, CHUNK if c + CHUNK < count else n - c), CHUNK, 4)
+            if t >= t0:
+                put(at(window, (t - t0) * block + c), chunk, m, 4, False)
+            for i in range(m):
+                chunk[i] = DECAY * (chunk[i] + (ONE if row[i] != 0 else ZERO))
 
 
 @compiled

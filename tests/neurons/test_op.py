@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import threading
 from unittest import mock
 
@@ -126,7 +127,7 @@ def cases(draw):
         offset=draw(st.sampled_from([0.0, 0.1])),
         detach_reset=draw(st.booleans()),
     )
-    shape = [draw(st.integers(1, 70))] + [draw(st.integers(1, n)) for n in (3, 5, 4, 6)]
+    shape = [draw(st.integers(1, 100))] + [draw(st.integers(1, n)) for n in (3, 5, 4, 6)]
     return {
         "dynamics": dynamics,
         "surrogate": draw(st.sampled_from(sorted(SURROGATES))),
@@ -225,15 +226,16 @@ def test_attached_hard_reset_knows_the_potential_to_a_255th(function):
 
 
 def test_the_trace_of_an_old_spike_reaches_the_backward():
-    # One spike at t = 10, so N[t] = exp(10 - t) after it, and dM/dx[t] = N[t] * s / T with s = 0.3 / 2
-    # (x = 0.5, leak 0). Blocks of the trace begin at t = 32: the spike lies 22 steps before.
-    x = torch.full((40, 1), 0.5)
-    x[10] = 3.0
+    # One spike at t = 42, so N[t] = exp(42 - t) after it, and dM/dx[t] = N[t] * s / T with s = 0.3 / 2
+    # (x = 0.5, leak 0). Blocks of the trace begin at t = 64: the spike lies 22 steps before.
+    assert cpu_kernels.WINDOW == 64
+    x = torch.full((80, 1), 0.5)
+    x[42] = 3.0
     x.requires_grad_()
     d = Dynamics(leak=0.0, reset="soft")
     time_loop(x, torch.zeros(1), d, LinearSurrogate(), activation_map=True).activation_map.sum().backward()
-    by_hand = [math.exp(10 - t) * 0.15 / 40 for t in range(11, 40)]
-    assert_close(x.grad[11:, 0], torch.tensor(by_hand), rtol=0.005, atol=0)
+    by_hand = [math.exp(42 - t) * 0.15 / 80 for t in range(43, 80)]
+    assert_close(x.grad[43:, 0], torch.tensor(by_hand), rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
@@ -366,6 +368,28 @@ def test_compiles_into_one_graph():
     assert outcomes[0][0].sum() > 0
     for eager, compiled in zip(*outcomes, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_compiles_with_inductor():
+    # what is around the neurons is fused by inductor, the loop stays one operation
+    torch.manual_seed(0)
+    node = LIFNode(step_mode="m")
+    weight = torch.randn(7, 7, requires_grad=True)
+    x = torch.randn(6, 4, 7)
+
+    def layer(x, weight):
+        return (node(torch.tanh(x @ weight) * 2) * 0.5).sum(0)
+
+    outcomes = []
+    for f in (layer, torch.compile(layer, fullgraph=True)):
+        node.reset()
+        counts = f(x, weight)
+        outcomes.append((counts, *torch.autograd.grad((counts**2).sum(), weight)))
+    assert outcomes[0][0].sum() > 0
+    for eager, compiled in zip(*outcomes, strict=True):
+        assert_close(eager, compiled)
 
 
 def test_under_autocast_the_neuron_takes_and_gives_bfloat16():
