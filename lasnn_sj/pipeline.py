@@ -182,9 +182,10 @@ class Pipeline:
         """Stage 1's network, trained, or the one that was given."""
         given = None if self._given is None else type(self._given).__name__
         check_settings(self.run_dir / "teacher.json", {"given_teacher": given})
+        if self._given is not None:
+            return self._given.eval()
         self._stage("teacher")
-        net = self._load("teacher", self._build_teacher()) if self._given is None else self._given
-        return net.eval()
+        return self._load("teacher", self._build_teacher()).eval()
 
     def student(self, stage: str) -> nn.Module:
         """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it."""
