@@ -4,7 +4,9 @@
     python benchmarks/neuron.py --device cuda
     python benchmarks/neuron.py --legacy-python ENV/bin/python
 
-All rows of a size run in turns in one process. ``--legacy-python`` is the interpreter of an environment
+All rows of a size run in turns in one process. On the CPU that process keeps freed memory for all of them
+(``neurons.keep_freed_memory()``, as a training on the CPU should), so that none pays for new pages;
+``--fresh-memory`` leaves that to the C library. ``--legacy-python`` is the interpreter of an environment
 that holds ``spikingjelly==0.0.0.0.14`` (and CuPy, for its CuPy backend); its rows run in a process of
 their own, beside the others' turns. Prints a table and writes ``results/neuron_DEVICE.csv`` and ``.png``.
 """
@@ -216,10 +218,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--legacy-python", help="interpreter with spikingjelly==0.0.0.0.14")
-    parser.add_argument("--keep-memory", action="store_true", help="with neurons.keep_freed_memory()")
+    parser.add_argument(
+        "--fresh-memory", action="store_true", help="on the CPU, without neurons.keep_freed_memory()"
+    )
     arguments = parser.parse_args()
-    if arguments.keep_memory:
-        keep_freed_memory()
+    keeps_memory = arguments.device == "cpu" and not arguments.fresh_memory and keep_freed_memory()
     about = common.machine(arguments.device)
     print("; ".join(about.values()))
     rows = []
@@ -237,8 +240,8 @@ def main() -> None:
                 "clones",
             ]
             common.show(new, [*columns, "of_copy_bandwidth"])
-            rows += [row | {"keep_memory": arguments.keep_memory} | about for row in new]
-    name = f"neuron_{arguments.device}" + ("_keep_memory" if arguments.keep_memory else "")
+            rows += [row | {"keep_memory": keeps_memory} | about for row in new]
+    name = f"neuron_{arguments.device}" + ("_fresh_memory" if arguments.fresh_memory else "")
     print(f"\n{common.write(name, rows)}")
     plot(rows, str(common.RESULTS / f"{name}.png"))
 

@@ -456,7 +456,7 @@ def backward_range(
     constant, mapped, R = at(gv, block), at(gv, 2 * block), at(gv, 3 * block)
     trace, window = at(gv, 4 * block), at(gv, 5 * block)
     has_g, has_mask, has_map = address(g_spikes) != 0, address(mask) != 0, address(g_map) != 0
-    has_bits = address(bits) != 0
+    reads_bits = reset == 2 or (has_map and through_trace != 0)
     has_rate = address(g_rate) != 0
     direct = has_g and not (has_mask or has_rate or has_map)
     per_step = ONE / np.float32(T)
@@ -493,7 +493,7 @@ def backward_range(
                     fetch(at(slope, here + ahead), CHUNK, 1)
                     if has_g:
                         fetch(at(g_spikes, g_here + g_ahead), CHUNK, 4)
-                    if has_bits:
+                    if reads_bits:
                         fetch(at(bits, here + ahead), CHUNK, 4)
                 go, fired = out, at(bits, here)
                 if direct:
