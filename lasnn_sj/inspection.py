@@ -90,17 +90,13 @@ def inspect(
     device = torch.device(device) if device is not None else device_of(student)
     readout = resolve_readout(student, readout)
     with _kept_as_they_were(student, teacher, encoder):
-        batch = next(iter(loader), None)
-        if batch is None:
-            raise BatchError("the loader for the inspection gave no batch")
-        images, labels = check_batch(batch, "inspection batch 0")
-        axis = batch_axis(images, labels)
+        images, axis = _first(loader, COUNTED)
         if encoder is None and axis == 0:
             raise ValueError(
                 f"inspect looks at spiking networks: give an encoder for images {tuple(images.shape)}, or "
                 f"event frames [T, N, C, H, W]"
             )
-        small = images.narrow(axis, 0, min(COUNTED, len(labels))).to(device)
+        small = images.to(device)
         encoded = small if encoder is None else encoder(small)
         with torch.no_grad():
             outputs = student(encoded)
@@ -164,6 +160,21 @@ def inspect(
         checkpoint.write_text(path, json.dumps(found, indent=1) + "\n")
     log.info("inspection of %s: top-1 %.2f %%, %s", folder, result["top1"], path)
     return path
+
+
+def _first(loader: Iterable, count: int) -> tuple[Tensor, int]:
+    """The first samples of a loader and the axis that they lie along."""
+    found: list[Tensor] = []
+    for index, batch in enumerate(loader):
+        images, labels = check_batch(batch, f"inspection batch {index}")
+        axis = batch_axis(images, labels)
+        found.append(images.narrow(axis, 0, min(count, len(labels))))
+        count -= len(labels)
+        if count <= 0:
+            break
+    if not found:
+        raise BatchError("the loader for the inspection gave no batch")
+    return torch.cat(found, axis), axis
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:

@@ -67,7 +67,7 @@ def test_accuracy_spikes_and_energy_are_those_of_their_own_functions(seen):
         assert entry["firing_rate"] * T == pytest.approx(entry["spikes_per_neuron"])
         assert entry["v_threshold"] == 0.2
     assert found["spikes_per_neuron"] == spikes.mean > 0
-    operations = count_operations(net, DirectEncoder(T)(next(iter(batches()))[0]))
+    operations = count_operations(net, DirectEncoder(T)(batches().dataset.tensors[0]))  # all 24, of 3 batches
     assert found["operations"]["synops"] == list(operations.synops)
     assert found["operations"]["energy_pj"] == operations.energy_pj
     assert found["operations"]["ann_energy_pj"] == operations.ann_energy_pj
@@ -217,7 +217,7 @@ def test_the_trainer_looks_with_its_own_parts(tmp_path):
     ("change", "error", "message"),
     [
         ({"loader": []}, BatchError, "gave no batch"),
-        ({"encoder": None}, ValueError, r"give an encoder for images \(8, 3, 16, 16\)"),
+        ({"encoder": None}, ValueError, r"give an encoder for images \(24, 3, 16, 16\)"),
         ({"pairs": [("features.9", "layer1")]}, TapError, "student tap 'features.9' matches no module"),
     ],
 )

@@ -103,11 +103,11 @@ def lines(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if log:
-        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)

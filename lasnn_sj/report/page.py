@@ -222,11 +222,11 @@ def spikes(series: Sequence[Series]) -> tuple[list[Picture], list[Table]]:
     drawn_spikes = [s for line in series if (s := line.line(_spikes))]
     pictures = []
     for name, title, x, drawn in (
-        ("firing_rate", "Firing rate of each layer", "spikes per neuron and time step", drawn_rate),
+        ("firing_rate", "Firing rate of each layer", "spikes per neuron and step", drawn_rate),
         (
             "spikes_per_neuron",
             "Spikes of each layer",
-            "mean spikes per neuron in all time steps",
+            "spikes per neuron, all time steps",
             drawn_spikes,
         ),
     ):
