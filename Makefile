@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint docs wheel-check clean
+.PHONY: quickstart test soak lint docs wheel-check clean
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Kills, damaged files, a full disk, lost workers, 2,000 steps on end: some minutes.
+soak: $(READY)
+	$(BIN)/python benchmarks/robustness.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

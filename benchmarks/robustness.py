@@ -22,12 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, data, models
 from lasnn_sj.checkpoint import CheckpointError
@@ -152,3 +150,222 @@ def kills(count: int, epochs: int = 10, workers: int = 0, seed: int = 0) -> dict
         steps = one["steps"].decode().splitlines()[1:]
         assert [int(row.split(",")[0]) for row in steps] == list(range(1, len(steps) + 1))
         return {"kills": done, "steps": len(steps), "lost": sum(one[name] != other[name] for name in one)}
+
+
+def damage(count: int, seed: int = 0) -> dict[str, int]:
+    """Damage the latest checkpoint of a run in a random place, and see whether the run ends as if it had not.
+
+    Returns:
+        ``files`` damaged, ``lost`` runs that ended otherwise.
+    """
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        alone, cut = Path(folder) / "alone", Path(folder) / "cut"
+        train_in_a_fork(alone, 2, 0, None)
+        train_in_a_fork(cut, 2, 0, 14)
+        lost = 0
+        for number in range(count):
+            run = Path(folder) / f"damaged{number}"
+            shutil.copytree(cut, run)
+            file = draw.choice(sorted(sorted((run / "checkpoints").iterdir())[-1].iterdir()))
+            whole = bytearray(file.read_bytes())
+            place = draw.randrange(len(whole))
+            if draw.random() < 0.5:
+                file.write_bytes(whole[:place])
+            else:
+                whole[place] ^= 1 << draw.randrange(8)
+                file.write_bytes(whole)
+            train_in_a_fork(run, 2, 0, None)
+            lost += content(run) != content(alone)
+        return {"files": count, "lost": lost}
+
+
+def full_disk() -> dict[str, int]:
+    """Train onto a tmpfs too small for two checkpoints; then on with more room.
+
+    Returns:
+        ``tried``, 0 where this user may not mount; ``lost``, whether the run did not go on as if alone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        disk, alone = Path(folder) / "disk", Path(folder) / "alone"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return {"tried": 0, "lost": 0}
+        try:
+            train_in_a_fork(alone, 2, 0, None)
+            stopped = ""
+            try:
+                make_trainer(disk, checkpoint_every=3).fit(make_loader(), make_loader(8), epochs=2)
+            except (CheckpointError, OSError) as error:
+                stopped = str(error)
+            subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+            train_in_a_fork(disk, 2, 0, None)
+            print(f"  full disk: {stopped or 'was never full'}")
+            return {"tried": int(bool(stopped)), "lost": int(content(disk) != content(alone))}
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def worker_killed() -> dict[str, int]:
+    """The test that kills a worker under ``torchrun --max-restarts=1``."""
+    return {"tried": 1, "lost": int(_pytest("tests/test_distributed.py", "-k", "under_torchrun") != 0)}
+
+
+def hostile(examples: int) -> dict[str, int]:
+    """The fuzzer of ``tests/test_hostile.py``, so many files of each kind."""
+    os.environ["HOSTILE_EXAMPLES"] = str(examples)
+    kinds = Path(__file__).parents[1].joinpath("tests", "test_hostile.py").read_text().count("\n@many\n")
+    return {"cases": examples * kinds, "lost": int(_pytest("tests/test_hostile.py") != 0)}
+
+
+def _pytest(*tests: str) -> int:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout[-3000:])
+    return done.returncode
+
+
+class Meter(Callback):
+    """Resident memory and time of every step."""
+
+    def __init__(self) -> None:
+        self.mib: list[float] = []
+        self.at: list[float] = []
+
+    def on_step(self, step: int, parts: dict) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.mib.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        self.at.append(time.perf_counter())
+
+
+def soak(steps: int) -> dict[str, float]:
+    """Train so many steps with all switches on, and compare their first and last quarter but for a warm-up.
+
+    Returns:
+        Medians of both quarters: resident memory in MiB, and milliseconds a step.
+    """
+    meter = Meter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            Path(folder) / "run", attention="gradient", precision="bfloat16", accumulate=2, time_chunks=2,
+            clip_norm=1.0, on_nonfinite="skip", checkpoint_every=50, callbacks=[meter],
+        )  # fmt: skip
+        epochs = -(-steps // 100)
+        trainer.fit(make_loader(400, workers=1), make_loader(16), epochs=epochs)
+    quarter = len(meter.at) // 4
+    milliseconds = [1000 * (b - a) for a, b in zip(meter.at, meter.at[1:])]
+    # the first steps fill caches
+    first, last = slice(quarter // 2, quarter + quarter // 2), slice(-quarter, None)
+    return {
+        "steps": len(meter.at),
+        "MiB, first": statistics.median(meter.mib[first]),
+        "MiB, last": statistics.median(meter.mib[last]),
+        "ms, first": statistics.median(milliseconds[first]),
+        "ms, last": statistics.median(milliseconds[last]),
+    }
+
+
+def memory(T: int, chunks: list[int]) -> list[dict[str, float]]:
+    """Peak memory and time of a VGG5 step (width 0.25, batch 16) by ``time_chunks``, each in a process."""
+    rows = []
+    for count in chunks:
+        command = [sys.executable, __file__, "memory-of", "--T", str(T), "--chunks", str(count)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"memory of {count} chunks: {done.stderr.strip()}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def memory_of(T: int, chunks: int) -> dict[str, float]:
+    """One row of :func:`memory`, in this process."""
+
+    def peak() -> float:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+    torch.manual_seed(0)
+    net = models.vgg5(10, width=0.25)
+    for module in net.modules():
+        if hasattr(module, "v_threshold"):
+            module.v_threshold = 0.4
+    teacher = models.teacher_resnet20(10).eval()
+    trainer = LaSNNTrainer(net, teacher, encoder=PoissonEncoder(T), time_chunks=chunks)
+    x, y = torch.rand(16, 3, 32, 32) * 2 - 1, torch.arange(16) % 10
+    trainer.prepare(x[:2], y[:2])
+    before, seconds = peak(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        trainer.train_step(x, y)
+        seconds.append(time.perf_counter() - start)
+    return {"T": T, "time_chunks": chunks, "peak MiB": peak() - before, "seconds a step": min(seconds)}
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as Markdown."""
+    cells = [list(rows[0])] + [
+        [f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows
+    ]
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "what", nargs="?", choices=["all", "kills", "soak", "memory", "memory-of"], default="all"
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--files", type=int, default=10, help="checkpoints damaged")
+    parser.add_argument("--examples", type=int, default=200, help="hostile files of each kind")
+    parser.add_argument("--T", type=int, default=100)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 10])
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    if a.what == "memory-of":
+        print(json.dumps(memory_of(a.T, a.chunks[0])))
+        return
+    import common
+
+    text = ["; ".join(common.machine("cpu").values())]
+
+    def tell(title: str, rows: list[dict]) -> None:
+        text.append(f"{title}\n\n{table(rows)}")
+        print(f"\n{text[-1]}", flush=True)
+
+    tried: list[dict] = []
+
+    def tell_of(what: str, call: Callable[[], dict[str, int]]) -> None:
+        result = call()
+        number = next(iter(result.values()))
+        tried.append({"what": what, "tried": number, "lost": result["lost"]})
+        print(f"{what}: {result}", flush=True)
+
+    if a.what in ("all", "kills"):
+        tell_of("SIGKILL within an epoch, loader in the process", lambda: kills(a.kills))
+        tell_of(
+            "SIGKILL within an epoch, two loader workers", lambda: kills(max(1, a.kills // 4), 5, 2, seed=1)
+        )
+    if a.what == "all":
+        tell_of("checkpoints damaged", lambda: damage(a.files))
+        tell_of("full disk", full_disk)
+        tell_of("worker killed under torchrun", worker_killed)
+        tell_of("hostile files", lambda: hostile(a.examples))
+    if tried:
+        tell("What was tried and lost (a run that ended with other weights or tables, a crash):", tried)
+    if a.what in ("all", "soak"):
+        tell("Training on end, first quarter after the warm-up and last one:", [soak(a.steps)])
+    if a.what in ("all", "memory"):
+        tell("Pieces of time, VGG5 at width 0.25, batch 16:", memory(a.T, a.chunks))
+    if a.what == "all":
+        path = common.RESULTS / "robustness.md"
+        path.write_text("# `python benchmarks/robustness.py`\n\n" + "\n\n".join(text) + "\n")
+        print(f"\n{path}")
+    if any(row["lost"] for row in tried):
+        sys.exit("something was lost")
+
+
+if __name__ == "__main__":
+    main()

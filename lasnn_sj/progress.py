@@ -169,7 +169,9 @@ class Progress:
             self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.history, self.epoch = int(state["step"]), list(state["history"]), None
+        if not isinstance(state["step"], int) or not isinstance(state["history"], list):
+            raise ValueError(f"step is {state['step']!r}, history a {type(state['history']).__name__}")
+        self.step, self.history, self.epoch = state["step"], [dict(row) for row in state["history"]], None
         self.set_random_state(own["random"])
         if state["epoch"] is not None:
             saved = own["metrics"]

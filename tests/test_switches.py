@@ -164,7 +164,7 @@ def test_float16_finds_its_scale_and_keeps_it_over_a_restart(tmp_path):
     assert again._numbers.scaler.get_scale() in (2.0**22, 2.0**23)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
     [
