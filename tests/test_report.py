@@ -399,6 +399,36 @@ def test_an_older_or_strange_inspection_is_survived(tmp_path, inspected, junk, u
     assert "operations/inspection.json has no usable operations" in page.text
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"inputs": np.zeros((4, 0, 16, 3), np.uint8)},
+        {"inputs": np.zeros((4, 16, 16, 3))},
+        {"inputs": np.zeros((4, 16, 16), np.uint8)},
+        {"student_0": np.zeros((4, 0, 0), np.float32), "teacher_0": np.zeros((4, 4), np.float32)},
+        {"student_0": np.full((4, 2, 2), np.nan, np.float32), "teacher_0": np.zeros((4, 2, 2), np.int64)},
+        {"student_0": np.zeros((1, 2, 2), np.float32)},
+        {"student_0": np.array([{}] * 4, dtype=object)},
+    ],
+    ids=lambda odd: ", ".join(f"{name} {array.dtype}{array.shape}" for name, array in odd.items()),
+)
+def test_strange_arrays_are_left_out(tmp_path, inspected, undrawn, odd):
+    shutil.copy(inspected / "inspection.json", tmp_path)
+    with np.load(inspected / "inspection.npz") as arrays:
+        np.savez(tmp_path / "inspection.npz", **(dict(arrays) | odd))
+    shown = len(Page(report(tmp_path)).images) // 4
+    nan = "student_0" in odd and odd["student_0"].dtype == np.float32 and np.isnan(odd["student_0"]).any()
+    assert shown == (0 if "inputs" in odd else 7 - len(odd) + nan)
+
+
+def test_values_that_no_float_or_file_can_hold(tmp_path, undrawn):
+    write(tmp_path / "a" / "result.json", '{"top1": 1' + 400 * "0" + ', "loss": 1.5}')
+    write(tmp_path / "b" / "result.json", '{"top1": 50, "loss": "\\ud800"}')
+    page = Page(report(tmp_path))
+    assert page.text.count("b/result.json is damaged") == 1
+    assert not page.labels
+
+
 def test_nothing_from_files_becomes_markup(tmp_path, inspected):
     evil = '<script>alert("1")</script>&$\\frac{'
     run = tmp_path / "<script>alert(1)<b>$x$"

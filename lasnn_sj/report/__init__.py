@@ -75,7 +75,7 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
     for name, data in files.items():
         (beside / f"{name}.png").write_bytes(data)
     part = out.with_name(out.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="replace")
     part.replace(out)
     log.info("report of %d runs: %s, %d pictures in %s", len(runs), out, len(files), beside)
     return out

@@ -38,7 +38,13 @@ def maps(series: Sequence[Series]) -> Iterator[Tiles]:
 def _tiles(part: Part, title: str) -> Tiles | None:
     inputs = part.arrays.get("inputs")
     examples = records(part.inspection.get("examples"))
-    if inputs is None or inputs.dtype != np.uint8 or inputs.ndim != 4 or inputs.shape[3] != 3:
+    if (
+        inputs is None
+        or inputs.dtype != np.uint8
+        or inputs.ndim != 4
+        or inputs.shape[3] != 3
+        or not inputs.size
+    ):
         return None
     count = min(len(inputs), len(examples))
     columns, images = [("input", "")], [[inputs[n] for n in range(count)]]
@@ -72,12 +78,9 @@ def _tiles(part: Part, title: str) -> Tiles | None:
 def _maps(part: Part, name: str, count: int) -> np.ndarray | None:
     """Maps ``[N, H, W]`` in units of their root mean square, so that those of other sizes compare."""
     values = part.arrays.get(name)
-    if (
-        values is None
-        or values.ndim != 3
-        or len(values) < count
-        or not np.issubdtype(values.dtype, np.floating)
-    ):
+    if values is None or values.ndim != 3 or len(values) < count or not values.size:
+        return None
+    if not np.issubdtype(values.dtype, np.floating):
         return None
     return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) * np.sqrt(values.shape[1] * values.shape[2])
 

@@ -123,8 +123,12 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
 
 def number(value: object) -> float | None:
     """A finite number, or ``None``."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond all floats
+        return None
 
 
 def numbers(value: object) -> list[float]:
@@ -158,12 +162,13 @@ def _read_run(path: Path, config: str | None) -> Run:
     run = Run(path, path.name)
     run.config = _text(path / "config.yaml", run.notes) or config
     run.recipe = _json(path / "recipe.json", run.notes, path)
-    places = [path] * _is_part(path) + [sub for sub in _folders(path) if _is_part(sub) or _is_empty(sub)]
+    stages = (path / "recipe.json").exists()
+    inside = [sub for sub in _folders(path) if _is_part(sub) or (stages and _is_empty(sub))]
+    places = [path] * _is_part(path) + inside
     if not places:
         run.notes.append(
             f"{path}: nothing of a run is in here (none of {', '.join(FILES[:5])}, here or one folder below)"
         )
-    stages = bool(run.recipe) or (path / "recipe.json").exists()
     run.parts = [_read_part(place, path, stages and place != path, run.notes) for place in places]
     unseen = [
         part for part in run.parts
@@ -304,6 +309,7 @@ def _json(path: Path, notes: list[str], run: Path) -> dict:
     name = path.relative_to(run)
     try:
         found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # halves of characters could not be written
     except (ValueError, RecursionError) as error:
         notes.append(f"{name} is damaged: {error}")
         return {}
