@@ -8,6 +8,8 @@ that each is a few vector instructions and all of them together compile once, in
 Memory is what limits the speed. So the next chunk is fetched while this one is computed, and large
 results are streamed past the cache, which would read each line before it is written. Kernels take
 addresses, not arrays: counting references to arrays would wait, at every row, for the streamed stores.
+
+All in one file, as Numba's cache on disk looks only at the file of the function that it compiled.
 """
 
 from __future__ import annotations
