@@ -162,6 +162,14 @@ def inspect(
     return path
 
 
+def results(path: Path) -> dict[str, object]:
+    """What a run's result has of :func:`inspect`'s file; ``spikes`` are the spikes per neuron by layer."""
+    found = json.loads(path.read_text())
+    names = ("loss", "top1", "samples", "top1_over_time", "spikes_per_neuron")
+    spikes = {layer["name"]: layer["spikes_per_neuron"] for layer in found["layers"]}
+    return {name: found[name] for name in names} | {"spikes": spikes}
+
+
 def _first(loader: Iterable, count: int) -> tuple[Tensor, int]:
     """The first samples of a loader and the axis that they lie along."""
     found: list[Tensor] = []

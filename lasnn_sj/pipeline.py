@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
-from . import checkpoint, models
+from . import checkpoint, inspection, models
 from .activity import spike_statistics
 from .calibration import calibrate
 from .checkpoint import check_settings
@@ -305,7 +305,7 @@ class Pipeline:
         )
         history = trainer.fit(train, test, r.epochs, r.validate_every)
         self._keep(folder, snn)
-        return self._examine(snn, test) | _per_epoch(history)
+        return inspection.results(trainer.inspect(test)) | _per_epoch(history)
 
     def _examine(self, snn: nn.Module, test: Iterable, T: int | None = None) -> dict[str, object]:
         """What is said of an SNN: accuracy after each step, and spikes."""

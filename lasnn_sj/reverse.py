@@ -18,8 +18,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from . import checkpoint, models
-from .activity import spike_statistics
+from . import checkpoint, inspection, models
 from .checkpoint import check_settings
 from .cost import Cost
 from .evaluation import evaluate
@@ -197,10 +196,8 @@ class Study:
         history = trainer.fit(train, epochs=r.epochs)
         weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
         save_file(weights, folder / "weights.safetensors")
-        result = evaluate(net, test, self.encoder, device=self.device, over_time=True)
-        seen = spike_statistics(net, test, self.encoder, device=self.device)
         per_epoch = statistics.median(row["seconds"] for row in history)
-        return result | {"spikes_per_neuron": seen.mean, "seconds_per_epoch": per_epoch}
+        return inspection.results(trainer.inspect(test)) | {"seconds_per_epoch": per_epoch}
 
     def _folder(self, row: str) -> Path:
         return self.run_dir / row.replace(" ", "_")
