@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
-from spikingjelly.activation_based import functional
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -24,15 +22,16 @@ from . import distributed, inspection, nonfinite, objectives, taps
 from .batches import Batch, TrainingBatches
 from .callbacks import Callback, TensorBoard
 from .distillation import Distillation
-from .evaluation import batch_axis, check_batch, check_labels, device_of, evaluate
-from .forward import StudentForward, refuse_batch_norm
+from .evaluation import check_batch, check_labels, device_of, evaluate
+from .forward import refuse_batch_norm
 from .interrupts import StopRequest
 from .metrics import EpochMetrics
 from .nonfinite import NonFiniteError
-from .objectives import BatchError, class_scores, resolve_readout
+from .objectives import BatchError, resolve_readout
 from .precision import DTYPES, Precision
 from .progress import Epoch, Progress
 from .run_folder import RunFolder
+from .step import TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +148,25 @@ class LaSNNTrainer:
         self.optimizer = optimizer or Adam(student.parameters(), lr=1e-4, weight_decay=5e-4)
         self.scheduler = scheduler
         self._numbers = Precision(precision, self.device, clip_norm)
-        self._distillation = Distillation(
-            student, teacher, attention, normalise, through_trace, pairs, chunked=time_chunks > 1
-        )
-        self._forward: nn.Module | None = None
-        self._num_classes: int | None = None
         self._folder: RunFolder | None = None
         self._progress = Progress(student, self.optimizer, scheduler, self._numbers.scaler, self.device)
         self._progress.use_generators([encoder])
+        self._step = TrainingStep(
+            student=student,
+            encoder=encoder,
+            objective=self.objective,
+            alpha=alpha,
+            readout=self.readout,
+            distillation=Distillation(
+                student, teacher, attention, normalise, through_trace, pairs, chunked=time_chunks > 1
+            ),
+            numbers=self._numbers,
+            optimizer=self.optimizer,
+            progress=self._progress,
+            accumulate=accumulate,
+            time_chunks=time_chunks,
+            compile=compile,
+        )
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -171,7 +181,7 @@ class LaSNNTrainer:
     @property
     def pairs(self) -> list[taps.Pair] | None:
         """Layers that are compared, once they are chosen."""
-        return self._distillation.pairs
+        return self._step.distillation.pairs
 
     def fit(
         self,
@@ -235,8 +245,7 @@ class LaSNNTrainer:
                         row |= {f"val_{name}": result[name] for name in ("loss", "top1")}
                     self._finish_epoch(row, told)
         finally:
-            self._distillation.close()
-            self._forward = self._num_classes = None
+            self._step.close()
             if self._folder is not None:
                 self._folder.close()
             for callback in told:
@@ -244,7 +253,7 @@ class LaSNNTrainer:
         return self.history
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """One step of training on a batch that lies on the device already.
+        """One step of training on a batch that lies on the device already; see :meth:`TrainingStep.run`.
 
         Returns:
             The parts of the loss, and the class scores ``[N, K]``, both detached.
@@ -252,82 +261,15 @@ class LaSNNTrainer:
         Raises:
             NonFiniteError: the loss or its gradient is not finite; the student keeps its weights.
         """
-        self.prepare(images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        total: dict[str, Tensor] = {}
-        scores = []
-        try:
-            for piece, piece_labels, last in self._pieces(images, labels):
-                together = last or distributed.world_size() == 1
-                with nullcontext() if together else self._forward.no_sync():
-                    parts, piece_scores = self._agreed_loss(piece, piece_labels)
-                    share = len(piece_labels) / len(labels)
-                    self._numbers.backward(sum(parts.values()) * share)
-                functional.reset_net(self.student)
-                scores.append(piece_scores)
-                for name, part in parts.items():
-                    total[name] = total.get(name, 0) + part.detach() * share
-            try:
-                self._numbers.update(self.optimizer, self.student)
-            except NonFiniteError as error:
-                functional.reset_net(self.student)
-                self._explain(images if self.encoder is None else self.encoder(images), str(error), error)
-                raise
-        finally:
-            functional.reset_net(self.student)
-        return total, torch.cat(scores)
+        return self._step.run(images, labels)
 
-    def _pieces(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """A batch in ``accumulate`` pieces, and whether each is the last."""
-        count, axis = min(self.accumulate, len(labels)), batch_axis(images, labels)
-        pieces = zip(images.tensor_split(count, axis), labels.tensor_split(count))
-        for number, (piece, piece_labels) in enumerate(pieces, 1):
-            yield piece, piece_labels, number == count
+    def prepare(self, images: Tensor, labels: Tensor) -> None:
+        """Before the first step: look at what the student gives, choose the pairs and set the taps.
 
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Parts of the loss, and the class scores ``[N, K]``, detached."""
-        x = images if self.encoder is None else self.encoder(images)
-        with self._numbers.autocast():
-            try:
-                outputs, seen = self._forward(x)
-            except ValueError as error:  # on the CPU neurons refuse what is not finite
-                self._explain(x, f"the student's activations are not finite: {error}", error)
-                raise
-            signals = objectives.Signals(class_scores(outputs, len(labels), self.readout), labels, x)
-            signals.outputs = outputs
-            signals.teacher_logits, teacher_maps = self._distillation.ask_teacher(images, labels)
-            parts = self.objective(signals)
-        if self.attention:
-            student_maps = self._distillation.student_maps(seen)
-            loss = objectives.attention_loss(teacher_maps, student_maps)
-            parts = parts | {"attention": self.alpha / 2 * loss}
-        if not bool(torch.isfinite(sum(parts.values()))):
-            named = ", ".join(f"{name} = {part.item():.4g}" for name, part in parts.items())
-            message = f"the loss is not finite ({named}); a lower learning rate may do"
-            self._explain(x, message)
-            raise NonFiniteError(message)
-        return parts, signals.scores.detach()
-
-    def _agreed_loss(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """:meth:`_loss`, which fails on every process where it fails on one."""
-        if distributed.world_size() == 1:
-            return self._loss(images, labels)
-        result = error = None
-        try:
-            result = self._loss(images, labels)
-        except NonFiniteError as own:
-            error = own
-        if distributed.any_of([error is not None], self.device)[0]:
-            raise error or NonFiniteError("the loss of another process is not finite")
-        return result
-
-    def _explain(self, x: Tensor, message: str, cause: Exception | None = None) -> None:
-        """Raise what names the first layer that is not finite, if one is."""
-        before = self._progress.random_state()
-        layer = nonfinite.first_layer(self.student, x)
-        self._progress.set_random_state(before)
-        if layer is not None:
-            raise NonFiniteError(f"{message}; first in {layer}", layer) from cause
+        Draws no random number that training would have drawn. Called by :meth:`fit` and
+        :meth:`train_step` themselves.
+        """
+        self._step.prepare(images, labels)
 
     def evaluate(self, loader: Iterable) -> dict[str, float]:
         """Loss and accuracy of the student; see :func:`evaluate`."""
@@ -341,34 +283,6 @@ class LaSNNTrainer:
             self.student, self.teacher, self._names, loader, self.encoder, self.run_dir, device=self.device,
             attention=self.attention or "activation", readout=self.readout, seed=self.seed,
         )  # fmt: skip
-
-    def prepare(self, images: Tensor, labels: Tensor) -> None:
-        """Before the first step: look at what the student gives, choose the pairs and set the taps.
-
-        Draws no random number that training would have drawn. Called by :meth:`fit` and
-        :meth:`train_step` themselves.
-        """
-        if self._num_classes is not None:
-            return
-        axis = batch_axis(images, labels)
-        small = images.narrow(axis, 0, min(2, len(labels))).to(self.device)
-        before = self._progress.random_state()  # looking must not change what is trained
-        self.student.eval()
-        functional.reset_net(self.student)
-        with torch.no_grad():
-            encoded = small if self.encoder is None else self.encoder(small)
-            outputs = self.student(encoded)
-            self._num_classes = class_scores(outputs, small.shape[axis], self.readout).shape[1]
-            self._distillation.set_taps(encoded, small, self._num_classes)
-        functional.reset_net(self.student)
-        self.student.train()
-        forward = StudentForward(self.student, self._distillation.student_taps, self.time_chunks)
-        if self.compile:
-            forward.compile()
-        if distributed.world_size() > 1:
-            forward = DistributedDataParallel(forward)
-        self._forward = forward
-        self._progress.set_random_state(before)
 
     def _train_epoch(
         self,
@@ -392,7 +306,7 @@ class LaSNNTrainer:
             where = f"batch {batch.position} of epoch {epoch.number}"
             images, labels = check_batch(batch.content, where)
             self.prepare(images, labels)
-            check_labels(labels, self._num_classes, where)
+            check_labels(labels, self._step.num_classes, where)
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
             epoch.position = batch.position + 1
             try:
@@ -404,7 +318,7 @@ class LaSNNTrainer:
                 raise BatchError(f"{where}: {error}") from error
             self._progress.step += 1
             if epoch.metrics is None:
-                epoch.metrics = EpochMetrics(self._num_classes, self.device)
+                epoch.metrics = EpochMetrics(self._step.num_classes, self.device)
             epoch.metrics.update(parts, scores, labels)
             if self._folder is not None:
                 self._folder.add_step(self.step, epoch.number, self._lr, parts)

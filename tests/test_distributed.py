@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, distributed, models
 from lasnn_sj.batches import TrainingBatches
 from lasnn_sj.evaluation import evaluate
+from lasnn_sj.objectives import CrossEntropy
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "many_processes.py"
 K = 4
@@ -184,15 +185,15 @@ def test_a_bad_step_of_one_process_is_left_out_by_all(tmp_path):
     """Rank 1's second batch overflows; both skip the step, neither waits for ever."""
 
     def run(rank):
-        trainer = make(on_nonfinite="skip")
-        objective, calls = trainer.objective, []
+        calls = []
 
-        def spoiled(signals):
-            calls.append(1)
-            parts = objective(signals)
-            return {"ce": parts["ce"] * (torch.inf if rank == 1 and len(calls) == 2 else 1)}
+        class Spoiled(CrossEntropy):
+            def __call__(self, signals):
+                calls.append(1)
+                spoil = torch.inf if rank == 1 and len(calls) == 2 else 1
+                return {"ce": super().__call__(signals)["ce"] * spoil}
 
-        trainer.objective = spoiled
+        trainer = make(on_nonfinite="skip", objective=Spoiled())
         history = trainer.fit(loader(32, batch=4), epochs=1)
         return trainer.step, history[0]["skipped"], trainer.student.output.weight.sum().item()
 

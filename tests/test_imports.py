@@ -32,6 +32,7 @@ LEVELS = [
     {"evaluation"},
     {"forward", "metrics", "nonfinite", "run_folder"},
     {"distillation", "precision", "progress"},
+    {"step"},
     {"activity"},
     {"inspection"},
     {"trainer", "report"},

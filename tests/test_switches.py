@@ -38,14 +38,16 @@ def stock_student():
     return net
 
 
-def make(student="paper", attention="activation", dropout=0.2, code="poisson", run_dir=None, **arguments):
+def make(
+    student="paper", attention="activation", dropout=0.2, code="poisson", run_dir=None, steps=T, **arguments
+):
     torch.manual_seed(0)
     net = paper_student(dropout) if student == "paper" else stock_student()
     teacher = models.teacher_resnet20(K, in_channels=1, width=0.125).eval()
-    poisson = PoissonEncoder(T, torch.Generator().manual_seed(1))
+    poisson = PoissonEncoder(steps, torch.Generator().manual_seed(1))
     return LaSNNTrainer(
         net, teacher if attention else None, attention=attention,
-        encoder=poisson if code == "poisson" else DirectEncoder(T), run_dir=run_dir, seed=0,
+        encoder=poisson if code == "poisson" else DirectEncoder(steps), run_dir=run_dir, seed=0,
         optimizer=torch.optim.SGD(net.parameters(), lr=1.0), **arguments,
     )  # fmt: skip
 
@@ -89,8 +91,7 @@ def test_pieces_of_time_have_the_gradients_of_the_whole(arguments, time_chunks):
 def test_pieces_of_time_that_forgot_the_state_would_be_seen():
     """The same student run on halves by themselves: its gradients are far off."""
     whole = step(code="direct", attention=None)
-    trainer = make(code="direct", attention=None)
-    trainer.encoder = DirectEncoder(T // 2)
+    trainer = make(code="direct", attention=None, steps=T // 2)
     torch.manual_seed(7)
     _, scores = trainer.train_step(X, Y)
     assert (scores - whole[2]).norm() > 0.1 * whole[2].norm()
@@ -271,6 +272,17 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(caplog, what):
     assert trainer.step == 8
     assert all(torch.isfinite(p).all() for p in trainer.student.parameters())
     assert f"left out: batch 1 of epoch 2: the {what} is not finite" in caplog.text
+
+
+def test_batch_norm_forgets_a_step_that_was_left_out():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, K))
+    spoiled = X.clone()
+    spoiled[2:4] = 3e38  # finite, but not what the linear layer makes of it
+    trainer = LaSNNTrainer(net, attention=None, on_nonfinite="skip")
+    history = trainer.fit(DataLoader(TensorDataset(spoiled, Y), 2), epochs=1)
+    assert history[0]["skipped"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
+    assert net[2].num_batches_tracked == 2
 
 
 def test_only_steps_that_are_not_finite():
