@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -211,6 +212,21 @@ def test_the_trainer_looks_with_its_own_parts(tmp_path):
     trainer.fit(batches(), epochs=1)  # looking at a fresh run does not stand in its way
     with pytest.raises(ValueError, match="give the trainer a run_dir"):
         LaSNNTrainer(student(), attention=None, encoder=DirectEncoder(T)).inspect(batches())
+
+
+def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tmp_path):
+    trainer = LaSNNTrainer(student(), teacher(), encoder=DirectEncoder(T), run_dir=tmp_path, seed=0)
+    trainer.fit(batches(), epochs=2)
+    result = trainer.evaluate(batches())
+    trainer.inspect(batches())
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in written.Scalars("attention")] == [1, 2]
+    assert written.Scalars("result/top1")[0].value == pytest.approx(result["top1"])
+    levels = {f"inspection/level {n}, {who}" for n in range(3) for who in ("student", "teacher")}
+    assert set(written.Tags()["images"]) == levels | {"inspection/input"}
+    summary = written.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"DirectEncoder(T=4)" in summary
+    assert b"alpha" in summary
 
 
 @pytest.mark.parametrize(
