@@ -132,12 +132,13 @@ def _plot(path: str, title: str, results: Results, curves: Mapping[tuple[Row, in
 
     nets = list(dict.fromkeys((row.dataset, row.net) for row, _ in curves))
     figure, axes = plt.subplots(
-        1, len(nets), figsize=(5.5 * len(nets), 4), squeeze=False, layout="constrained"
+        1, len(nets), figsize=(5.5 * len(nets), 5.5), squeeze=False, layout="constrained"
     )
     for axis, (dataset, net) in zip(axes[0], nets, strict=True):
         for row in dict.fromkeys(row for row, _ in curves if (row.dataset, row.net) == (dataset, net)):
             of_row = torch.tensor([curve for (other, _), curve in curves.items() if other == row])
-            t, label = range(1, of_row.shape[1] + 1), row.name.removeprefix(f"{dataset}/{net}/")
+            t, name = range(1, of_row.shape[1] + 1), " ".join(row.name.split("/")[2:])
+            label = f"{name.rpartition('-T')[0] or name}, T = {len(t)}"  # the paper's T is not the reduced
             (line,) = axis.plot(t, of_row.mean(0), label=label, marker="." if len(t) < 20 else None)
             axis.fill_between(t, of_row.amin(0), of_row.amax(0), alpha=0.15, color=line.get_color())
         ann = [
@@ -148,7 +149,7 @@ def _plot(path: str, title: str, results: Results, curves: Mapping[tuple[Row, in
         if ann:
             axis.axhline(statistics.mean(ann), color="gray", linestyle="--", label="ANN")
         axis.set(title=f"{net}, {dataset}", xlabel="time steps t", ylabel="top-1 %", xscale="log")
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
