@@ -251,8 +251,9 @@ def test_alone_nothing_is_asked_of_others():
 
 
 def test_a_worker_killed_under_torchrun_leads_to_a_restart_from_the_last_checkpoint(tmp_path):
+    # gloo sometimes fails to connect the restarted processes; torchrun then starts them once more
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3",
         f"--master-port={free_port()}", str(EXAMPLE), "--run-dir", str(tmp_path), "--batch", "64",
         "--epochs", "2", "--checkpoint-every", "3",
     ]  # fmt: skip
@@ -261,7 +262,7 @@ def test_a_worker_killed_under_torchrun_leads_to_a_restart_from_the_last_checkpo
         run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         killed = kill_a_worker_after_a_checkpoint(run.pid, tmp_path / "checkpoints")
-        assert run.wait(timeout=120) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert run.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:
         if run.poll() is None:
             run.terminate()
@@ -276,7 +277,7 @@ def test_a_worker_killed_under_torchrun_leads_to_a_restart_from_the_last_checkpo
 
 
 def kill_a_worker_after_a_checkpoint(launcher, folder):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir()):
             children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
