@@ -209,7 +209,7 @@ def full_disk() -> dict[str, int]:
 
 
 def worker_killed() -> dict[str, int]:
-    """The test that kills a worker under ``torchrun --max-restarts=3``."""
+    """The test that kills a worker under ``torchrun --max-restarts=1``."""
     return {"tried": 1, "lost": int(_pytest("tests/test_distributed.py", "-k", "under_torchrun") != 0)}
 
 

@@ -1,7 +1,7 @@
 """The same script on one process or many: digits, a small student, a teacher.
 
     python examples/many_processes.py
-    torchrun --nproc-per-node=2 --max-restarts=3 examples/many_processes.py     # one machine, two processes
+    torchrun --standalone --nproc-per-node=2 --max-restarts=3 examples/many_processes.py  # one machine
 
 Two machines with eight GPUs each; run the same on both, ``--rdzv-endpoint`` names one of them:
 

@@ -28,7 +28,13 @@ def initialise(device: torch.device) -> torch.device:
             return device
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
+        store, number, count = next(rendezvous("env://"))
+        # torchrun's store outlives a restart, with the addresses of the processes that died
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
         atexit.register(_leave)
         if dist.get_rank() > 0:  # each message once
             logging.getLogger(__package__).setLevel(logging.WARNING)

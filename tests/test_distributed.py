@@ -251,11 +251,10 @@ def test_alone_nothing_is_asked_of_others():
 
 
 def test_a_worker_killed_under_torchrun_leads_to_a_restart_from_the_last_checkpoint(tmp_path):
-    # gloo sometimes fails to connect the restarted processes; torchrun then starts them once more
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3",
-        f"--master-port={free_port()}", str(EXAMPLE), "--run-dir", str(tmp_path), "--batch", "64",
-        "--epochs", "2", "--checkpoint-every", "3",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "--max-restarts=1", str(EXAMPLE), "--run-dir", str(tmp_path), "--batch", "64", "--epochs", "2",
+        "--checkpoint-every", "3",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as file:
