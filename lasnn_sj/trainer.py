@@ -76,8 +76,8 @@ class LaSNNTrainer:
         time_chunks: run the time steps in so many pieces and keep only the neurons' state between them:
             the same gradients in less memory and about a third more time. Not with batch norm.
         clip_norm: longest gradient, L2 over all parameters; not clipped if not given.
-        on_nonfinite: a loss or gradient that is NaN or infinite ``"stop"``s the run, or the batch is left
-            out and counted (``"skip"``).
+        on_nonfinite: at a loss or gradient that is NaN or infinite ``"stop"`` the run, or ``"skip"`` the
+            batch and count it.
         checkpoint_every: steps, or time, between checkpoints; each epoch ends with one anyway.
         callbacks: told how training goes.
 
