@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Literal
 
@@ -249,8 +248,8 @@ def test_reproduce_and_report_hand_over_their_arguments(monkeypatch, capsys):
         seen.append(args)
         return Path("report.html")
 
-    monkeypatch.setitem(sys.modules, "lasnn_sj.experiments", types.SimpleNamespace(reproduce=reproduce))
-    monkeypatch.setitem(sys.modules, "lasnn_sj.report", types.SimpleNamespace(report=report))
+    monkeypatch.setattr("lasnn_sj.experiments.reproduce", reproduce)
+    monkeypatch.setattr("lasnn_sj.report.report", report)
     cli.main(["reproduce", "IV", "--rows", "vgg5", "vgg9", "--scale", "smoke", "--seeds", "2"])
     cli.main(["report", "a", "b", "--out", "c.html"])
     here = Path("data"), Path("runs/reproduce"), None, None, None
