@@ -43,6 +43,16 @@ def initialise(device: torch.device) -> torch.device:
     return device
 
 
+def refuse(what: str) -> None:
+    """Raise :class:`RuntimeError` where ``torchrun`` started several processes of what only one can do."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and count > 1:
+        raise RuntimeError(
+            f"{what} writes its run folder from one process, torchrun started {count}; train with "
+            f"LaSNNTrainer there, or start it without torchrun"
+        )
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

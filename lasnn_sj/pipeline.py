@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
-from . import checkpoint, inspection, models
+from . import checkpoint, distributed, inspection, models
 from .activity import spike_statistics
 from .calibration import calibrate
 from .checkpoint import check_settings
@@ -132,6 +132,7 @@ class Pipeline:
 
     Raises:
         ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
+        RuntimeError: several processes under torchrun.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Pipeline:
         snn_teacher: nn.Module | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        distributed.refuse("Pipeline")
         self.recipe, self.data, self.device = recipe, data, torch.device(device)
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)

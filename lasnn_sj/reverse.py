@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from . import checkpoint, inspection, models
+from . import checkpoint, distributed, inspection, models
 from .checkpoint import check_settings
 from .cost import Cost
 from .evaluation import evaluate
@@ -109,6 +109,7 @@ class Study:
 
     Raises:
         ValueError: the folder holds a study of another recipe or data set; the message lists what differs.
+        RuntimeError: several processes under torchrun.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Study:
         encoder: nn.Module | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        distributed.refuse("Study")
         self.recipe, self.data, self.encoder = recipe, data, encoder
         self.run_dir, self.device = Path(run_dir), torch.device(device)
         self.run_dir.mkdir(parents=True, exist_ok=True)
