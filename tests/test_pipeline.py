@@ -137,8 +137,6 @@ def test_table_by_hand():
 def test_several_processes_are_refused(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        RuntimeError, match="Pipeline writes its run folder from one process"
-    ):
+    with pytest.raises(RuntimeError, match="Pipeline writes its run folder from one process"):
         Pipeline(TINY, digits, tmp_path)
     assert not any(tmp_path.iterdir())
