@@ -1,33 +1,35 @@
-"""The time loop as Numba kernels, each over one range of neurons.
+"""The time loop as Numba kernels, :data:`~.lanes.WIDTH` neurons at a time.
 
 A block of neurons runs through all its time steps before the next block starts, so its state stays in
-the cache and each value of ``x`` is read from memory once. A row of a block is done in chunks that stay
-in the first-level cache from one small loop to the next; there is one loop per reset and surrogate, so
-that each is a few vector instructions and all of them together compile once, in seconds.
+the cache and each value of ``x`` is read from memory once. Memory is what limits the speed: what comes
+next is fetched while this is computed, and large results are streamed past the cache, which would read
+each line before it is written.
 
-Memory is what limits the speed. So the next chunk is fetched while this one is computed, and large
-results are streamed past the cache, which would read each line before it is written. Kernels take
-addresses, not arrays: counting references to arrays would wait, at every row, for the streamed stores.
-
-All in one file, as Numba's cache on disk looks only at the file of the function that it compiled.
+A kernel is compiled, in about a second, for each reset, surrogate and kind of input it is asked for, and
+kept on disk. Each thread of a layer calls it with the same task, a record of what there is to do, and
+takes pieces of the layer until none is left.
 """
 
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Callable
 from functools import cache, lru_cache
+from pathlib import Path
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from . import lanes
 from .dynamics import TRACE_DECAY
+from .lanes import (
+    LINE, WIDTH, address, at, bytes_, fetch, finish_streams, floats, ints, is_marked, load, looked_up, root,
+    select, sequence, store, stream, taken,
+)  # fmt: skip
 
-CHUNK = 256  # neurons of a row that go through all its loops together
-LINE = 64  # bytes of a cache line
+AHEAD = 1024  # neurons from where they are asked for to where they are needed
 WINDOW = 64  # steps of the spike trace that the backward holds at a time
 MEMORY = 24  # steps after which a spike has left the trace: exp(-24) = 4e-11
 
@@ -39,222 +41,116 @@ DROPPED = np.float32(-0.0)
 E1, E2, E3, E4, E5 = np.array([-0.99999815, 0.49990605, -0.16589675, 0.03942258, -0.00555601], "f4")
 A0, A1, A2, A3 = np.array([1.27296395, -0.41473753, 0.19784118, -0.05627495], "f4")
 FAR = np.float32(1e6)
+NO_SLOPE = -1  # instead of a code: nothing is kept for a backward
 
-FLOATS, INTS, BYTES = map(types.CPointer, (types.float32, types.int32, types.uint8))
-INT, FLOAT = types.int64, types.float32
-
-
-def _or_uncached(compile_: Callable[[bool], Callable]) -> Callable:
-    try:
-        return compile_(True)
-    except RuntimeError:  # no writable cache directory: compile anew in each process
-        return compile_(False)
+# Numba's cache on disk looks at the file of the function that it compiled, and at what that encloses.
+_LANES = zlib.crc32(Path(lanes.__file__).read_bytes())
+_COUNTERS = "next seats bad "  # what threads count up together comes first
+_TO_DO = "n piece scratch scratch_size block T "
+NEXT, SEATS, BAD = range(3)
 
 
-def compiled(function):
-    """``numba.njit``, cached on disk where there is a place to write.
+def _record(integers: str, numbers: str) -> np.dtype:
+    fields = [(name, "i8") for name in integers.split()] + [(name, "f4") for name in numbers.split()]
+    return np.dtype(fields, align=True)
+
+
+FORWARD = _record(
+    _COUNTERS + _TO_DO + "x v mask spikes v_T rate amap slope x_step",
+    "leak gain offset theta v_reset scale",
+)
+BACKWARD = _record(
+    _COUNTERS + _TO_DO + "g_spikes g_v g_rate g_map spikes slope v0 mask slope_of away_of g_x g_v0 g_step "
+    "through_trace",
+    "leak gain theta peak back scale",
+)
+
+
+def c_function(function: Callable, record: np.dtype) -> Callable:
+    """``function(task)`` as a C function of the address of a record; it lets go of the GIL.
 
     No fastmath: spikes must be those of the oracle bit for bit, so nothing may be reordered or fused.
     """
-    return _or_uncached(lambda cached: numba.njit(cache=cached, nogil=True, error_model="numpy")(function))
+    kind = types.void(types.CPointer(numba.from_dtype(record)))
+    try:
+        compiled = numba.cfunc(kind, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no writable cache directory: compile anew in each process
+        compiled = numba.cfunc(kind, error_model="numpy")(function)
+    pointer = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    pointer.owner = compiled
+    return pointer
 
 
-def c_function(result, *arguments):
-    """Decorator: compiled at its first use, called through ctypes, which lets go of the GIL."""
-
-    def decorate(function):
-        @cache
-        def kernel():
-            of = _or_uncached(
-                lambda cached: numba.cfunc(result(*arguments), cache=cached, error_model="numpy")(function)
-            )
-            in_c = {INT: ctypes.c_int64, FLOAT: ctypes.c_float}
-            call = ctypes.CFUNCTYPE(*(in_c.get(kind, ctypes.c_void_p) for kind in (result, *arguments)))
-            pointer = call(of.address)
-            pointer.owner = of
-            return pointer
-
-        return kernel
-
-    return decorate
+inlined = numba.njit(forceinline=True, error_model="numpy")
 
 
-# ------------------------------------------------------------------------------------------ memory
-
-
-@intrinsic
-def at(typing, pointer, index):
-    """The pointer to ``pointer[index]``."""
-
-    def build(context, builder, signature, arguments):
-        return builder.gep(arguments[0], [arguments[1]])
-
-    return pointer(pointer, types.int64), build
-
-
-@intrinsic
-def address(typing, pointer):
-    """The pointer as a number, 0 where there is no such tensor."""
-
-    def build(context, builder, signature, arguments):
-        return builder.ptrtoint(arguments[0], context.get_value_type(types.int64))
-
-    return types.int64(pointer), build
-
-
-@intrinsic
-def fetch_line(typing, pointer):
-    """Ask for the cache line at ``pointer``, without waiting for it."""
-
-    def build(context, builder, signature, arguments):
-        byte_pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
-        prefetch = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
-            builder.module, kind, "llvm.prefetch.p0"
-        )
-        reading, in_all_caches, data = i32(0), i32(3), i32(1)
-        builder.call(prefetch, [builder.bitcast(arguments[0], byte_pointer), reading, in_all_caches, data])
-        return context.get_dummy_value()
-
-    return types.void(pointer), build
-
-
-@intrinsic
-def stream_line(typing, target, source):
-    """Copy one cache line to ``target``, aligned to one, past the cache."""
-
-    def build(context, builder, signature, arguments):
-        line = ir.VectorType(ir.IntType(8), LINE).as_pointer()
-        values = builder.load(builder.bitcast(arguments[1], line), align=1)
-        store = builder.store(values, builder.bitcast(arguments[0], line), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-        return context.get_dummy_value()
-
-    return types.void(target, source), build
-
-
-@intrinsic
-def finish_streams(typing):
-    """Wait until what was streamed can be seen by other threads."""
-
-    def build(context, builder, signature, arguments):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), build
-
-
-@compiled
-def fetch(pointer, count, size):
-    """Ask for ``count`` elements of ``size`` bytes."""
-    for i in range(0, count, LINE // size):
-        fetch_line(at(pointer, i))
-
-
-@compiled
-def put(target, source, count, size, stream):
-    """Copy ``count`` elements of ``size`` bytes; whole cache lines past the cache if ``stream``."""
-    done = 0
-    if stream:
-        done = min(count, (-address(target) % LINE) // size)
-        for i in range(done):
-            target[i] = source[i]
-        for _ in range((count - done) // (LINE // size)):
-            stream_line(at(target, done), at(source, done))
-            done += LINE // size
-    for i in range(done, count):
+@inlined
+def copy(target, source, count):
+    for i in range(count):
         target[i] = source[i]
 
 
-@compiled
+@inlined
 def fill(target, value, count):
-    """Set ``count`` elements."""
     for i in range(count):
         target[i] = value
 
 
-@compiled
-def scale_into(target, source, factor, count):
-    """``target = factor * source``."""
-    for i in range(count):
-        target[i] = factor * source[i]
+@inlined
+def put(pointer, numbers, streamed):
+    if streamed:
+        stream(pointer, numbers)
+    else:
+        store(pointer, numbers)
 
 
 # ----------------------------------------------------------------------------------------- forward
 
 
-@compiled
-def charge_and_fire(x, v, spikes, distance, count, reset, leak, gain, offset, theta, v_reset):
-    """One step of a chunk: moves the state ``v`` on, writes spikes and ``|v - v_threshold|``."""
-    if reset == 0:
-        for i in range(count):
-            u = leak * v[i] + (gain * x[i] + offset) - (theta if v[i] > theta else ZERO)
-            spikes[i] = ONE if u > theta else ZERO
-            distance[i] = abs(u - theta)
-            v[i] = u
-    elif reset == 1:
-        for i in range(count):
-            u = leak * v[i] + (gain * x[i] + offset)
-            spikes[i] = ONE if u >= theta else ZERO
-            distance[i] = abs(u - theta)
-            v[i] = u - (theta if u >= theta else ZERO)
-    else:
-        for i in range(count):
-            u = leak * v[i] + (gain * x[i] + offset)
-            o = ONE if u >= theta else ZERO
-            spikes[i] = o
-            distance[i] = abs(u - theta)
-            # a product, so that an infinite u becomes NaN and is noticed instead of being reset
-            v[i] = (ONE - o) * u + o * v_reset
-
-
-@compiled
+@inlined
 def exp_minus(z):
-    """``exp(-z)`` for ``0 <= z <= 8``, as the 8th power of a polynomial; a call of exp would keep the
-    loop around it from being vectorised."""
-    y = min(z, EIGHT) * EIGHTH
+    """``exp(-z)`` for ``0 <= z <= 8``, as the 8th power of a polynomial."""
+    y = select(z > EIGHT, EIGHT, z) * EIGHTH
     e = ONE + y * (E1 + y * (E2 + y * (E3 + y * (E4 + y * E5))))
     e = e * e
     e = e * e
     return e * e
 
 
-@compiled
-def angle_byte(t):
-    """``255 * (1 - phi / (pi/2))``, rounded, for the angle ``phi = 2 * atan(t)``, ``0 <= t <= 1``."""
+@inlined
+def angle(t):
+    """``255 * (1 - phi / (pi/2))`` for the angle ``phi = 2 * atan(t)``, ``0 <= t <= 1``."""
     w = t * t
-    return np.uint8(np.int32(BYTE - BYTE * t * (A0 + w * (A1 + w * (A2 + w * A3))) + HALF))
+    return BYTE - BYTE * t * (A0 + w * (A1 + w * (A2 + w * A3)))
 
 
-@compiled
-def slope_bytes(distance, slope, count, code, scale):
+@inlined
+def slope_byte(distance, code, scale):
     """What is kept of each step: one byte that says how far the potential was from the threshold.
 
     Codes 0 to 2 are the surrogate's slope (triangle, atan, sigmoid) in 1/255 of its peak, rounded.
     An attached hard reset needs the distance as well, which the slope hardly tells near its top. So
     codes 3 and 4 (atan, sigmoid) are an angle ``phi``, 255 at 0 and 0 at ``pi/2``, of which slope and
     distance are smooth functions: the slope is ``cos(phi)^2`` of its peak.
+
+    Returns:
+        A number that is truncated to the byte.
     """
     if code == 0:
-        steepness = BYTE * scale
-        for i in range(count):
-            slope[i] = np.uint8(np.int32(max(HALF, BYTE + HALF - steepness * distance[i])))
-    elif code == 1:
-        for i in range(count):
-            z = scale * distance[i]
-            slope[i] = np.uint8(np.int32(BYTE / (ONE + z * z) + HALF))
-    elif code == 2:
-        for i in range(count):
-            e = exp_minus(scale * distance[i])  # beyond z = 8 the byte is 0
-            slope[i] = np.uint8(np.int32(BYTE * FOUR * e / ((ONE + e) * (ONE + e)) + HALF))
-    elif code == 3:
-        for i in range(count):
-            z = min(scale * distance[i], FAR)  # so that its square is finite; the byte is 0 there
-            slope[i] = angle_byte(z / (ONE + np.sqrt(ONE + z * z)))
-    else:
-        for i in range(count):
-            e = exp_minus(HALF * scale * distance[i])  # tanh(z / 4) = (1 - e) / (1 + e)
-            slope[i] = angle_byte((ONE - e) / (ONE + e))
+        byte = BYTE + HALF - BYTE * scale * distance
+        return select(byte > HALF, byte, HALF)
+    if code == 1:
+        z = scale * distance
+        return BYTE / (ONE + z * z) + HALF
+    if code == 2:
+        e = exp_minus(scale * distance)  # beyond z = 8 the byte is 0
+        return BYTE * FOUR * e / ((ONE + e) * (ONE + e)) + HALF
+    if code == 3:
+        z = scale * distance
+        z = select(z > FAR, FAR, z)  # so that its square is finite; the byte is 0 there
+        return angle(z / (ONE + root(ONE + z * z))) + HALF
+    e = exp_minus(HALF * scale * distance)  # tanh(z / 4) = (1 - e) / (1 + e)
+    return angle((ONE - e) / (ONE + e)) + HALF
 
 
 @lru_cache
@@ -269,258 +165,298 @@ def decoded(code: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     return slope.astype(np.float32), (z / scale).astype(np.float32)
 
 
-@compiled
-def add_to_maps(spikes, total, mapped, trace, count, rate, amap):
-    """Sums over time of the spikes, and of the spikes times the trace of earlier ones (Eq. 11)."""
-    if rate:
-        for i in range(count):
-            total[i] += spikes[i]
-    if amap:
-        for i in range(count):
-            mapped[i] += trace[i] * spikes[i]
-            trace[i] = DECAY * (trace[i] + spikes[i])
+@inlined
+def charge(x, state, reset, leak, gain, offset, theta, v_reset):
+    """One step: moves the state on; which neurons fire, and ``v - v_threshold``."""
+    v = load(state)
+    if reset == 0:
+        u = leak * v + (gain * load(x) + offset) - select(v > theta, theta, ZERO)
+        fires = u > theta
+        store(state, u)
+    else:
+        u = leak * v + (gain * load(x) + offset)
+        fires = u >= theta
+        if reset == 1:
+            store(state, u - select(fires, theta, ZERO))
+        else:
+            # a product, so that an infinite u becomes NaN and is noticed instead of being reset
+            o = select(fires, ONE, ZERO)
+            store(state, (ONE - o) * u + o * v_reset)
+    return fires, u - theta
 
 
-@compiled
-def drop(spikes, mask, count):
-    """Spikes times the dropout mask; a spike that is dropped leaves -0.0.
-
-    It equals 0 for whoever reads it, and its sign tells the backward that the neuron did fire.
-    """
-    for i in range(count):
-        kept = spikes[i] * mask[i]
-        spikes[i] = DROPPED if spikes[i] > ZERO and kept == ZERO else kept
+def forward_scratch(block: int, extras: bool) -> int:
+    """Floats of a thread that runs :func:`forward_kernel`."""
+    return (5 if extras else 1) * block + 3 * WIDTH
 
 
-def forward_scratch(block: int, has_maps: bool) -> int:
-    """Floats that :func:`forward_range` needs for itself."""
-    return (4 if has_maps else 1) * block + 2 * CHUNK
-
-
-@c_function(
-    INT, *[FLOATS] * 7, BYTES, *[INT] * 4, INT, *[FLOAT] * 5, INT, FLOAT,
-    FLOATS, BYTES, INT, INT, INT,
-)  # fmt: skip
-def forward_range(
-    x, v, mask, spikes, v_T, rate, amap, slope, T, n, x_step, stream,
-    reset, leak, gain, offset, theta, v_reset, code, scale,
-    scratch, byte_row, block, start, stop,
-):  # fmt: skip
-    """Neurons ``start`` to ``stop`` over all steps; returns how many end with a state not finite.
+@cache
+def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: bool) -> Callable:
+    """Runs pieces of a layer, of a :data:`FORWARD` task.
 
     Row ``t`` of ``x`` begins at ``t * x_step``, of ``spikes`` and ``slope`` at ``t * n``. ``mask``,
-    ``rate``, ``amap`` and ``slope`` may be null. ``stream`` says whether results go past the cache.
+    ``rate``, ``amap`` and ``slope`` may be null. Adds to ``bad`` how many neurons end with a state that
+    is not finite.
+
+    Args:
+        kind: of ``x`` and ``spikes``, in :data:`~.lanes.KINDS`.
+        reset: paper, soft, hard.
+        code: of :func:`slope_byte`, or :data:`NO_SLOPE`.
+        extras: whether there is a mask, or a map is asked for.
+        streamed: whether results go past the cache; then ``n`` is a multiple of :data:`WIDTH`.
     """
-    row, distance, state = scratch, at(scratch, CHUNK), at(scratch, 2 * CHUNK)
-    total, mapped, trace = at(state, block), at(state, 2 * block), at(state, 3 * block)
-    has_slope, has_rate, has_map = address(slope) != 0, address(rate) != 0, address(amap) != 0
-    per_step = np.float32(T)
-    bad = 0
-    for a in range(start, stop, block):
-        m = min(block, stop - a)
-        put(state, at(v, a), m, 4, False)
-        if has_rate or has_map:
-            fill(total, ZERO, 3 * block)
-        for t in range(T):
-            for c in range(0, m, CHUNK):
-                count = min(CHUNK, m - c)
-                here, x_here = t * n + a + c, t * x_step + a + c
-                if c + CHUNK < m:
-                    fetch(at(x, x_here + CHUNK), CHUNK, 4)
-                elif t + 1 < T:
-                    fetch(at(x, x_here + CHUNK - m + x_step), CHUNK, 4)
-                charge_and_fire(
-                    at(x, x_here), at(state, c), row, distance, count,
-                    reset, leak, gain, offset, theta, v_reset,
-                )  # fmt: skip
-                if has_slope:
-                    slope_bytes(distance, byte_row, count, code, scale)
-                    put(at(slope, here), byte_row, count, 1, stream)
-                if has_rate or has_map:
-                    add_to_maps(row, at(total, c), at(mapped, c), at(trace, c), count, has_rate, has_map)
-                if address(mask) != 0:
-                    drop(row, at(mask, a + c), count)
-                put(at(spikes, here), row, count, 4, stream)
-        for i in range(m):
-            v_T[a + i] = state[i]
-            bad += not np.isfinite(state[i])
-        if has_rate:
-            for i in range(m):
-                rate[a + i] = total[i] / per_step
-        if has_map:
-            for i in range(m):
-                amap[a + i] = mapped[i] / per_step
-    finish_streams()
-    return bad
+    lanes_source = _LANES
+
+    def forward(pointer):
+        lanes_source  # noqa: B018 - enclosed, as part of the cache's key
+        task, counters = numba.carray(pointer, 1)[0], ints(address(pointer))
+        x, spikes = sequence(task.x, kind), sequence(task.spikes, kind)
+        slope, v, v_T = bytes_(task.slope), floats(task.v), floats(task.v_T)
+        mask, rate, amap = floats(task.mask), floats(task.rate), floats(task.amap)
+        n, piece, block, T, x_step = task.n, task.piece, task.block, task.T, task.x_step
+        leak, gain, offset, theta = task.leak, task.gain, task.offset, task.theta
+        v_reset, scale = task.v_reset, task.scale
+        has_mask, has_rate, has_map = address(mask) != 0, address(rate) != 0, address(amap) != 0
+        per_step = np.float32(T)
+        state = floats(task.scratch + 4 * task.scratch_size * taken(at(counters, SEATS), 1))
+        total, mapped, trace = at(state, block), at(state, 2 * block), at(state, 3 * block)
+        masked = at(state, 4 * block)
+        spare = address(at(state, (5 if extras else 1) * block))
+        spare_x, spare_spikes = sequence(spare, kind), sequence(spare + LINE, kind)
+        spare_slope = bytes_(spare + 2 * LINE)
+        bad = 0
+        start = taken(counters, piece)
+        while start < n:
+            stop = min(start + piece, n)
+            for a in range(start, stop, block):
+                m = min(block, stop - a)
+                copy(state, at(v, a), m)
+                if extras:
+                    fill(total, ZERO, 3 * block)
+                    if has_mask:
+                        copy(masked, at(mask, a), m)
+                for t in range(T):
+                    for c in range(0, m, WIDTH):
+                        here, x_here = t * n + a + c, t * x_step + a + c
+                        in_x, in_spikes, in_slope = at(x, x_here), at(spikes, here), at(slope, here)
+                        fetch(at(in_x, AHEAD if c + AHEAD < m else AHEAD - m + x_step))
+                        is_whole = streamed or c + WIDTH <= m
+                        if not is_whole:
+                            copy(spare_x, in_x, m - c)
+                            in_x, in_spikes, in_slope = spare_x, spare_spikes, spare_slope
+                        fires, distance = charge(
+                            in_x, at(state, c), reset, leak, gain, offset, theta, v_reset
+                        )
+                        if code != NO_SLOPE:
+                            put(in_slope, slope_byte(abs(distance), code, scale), streamed)
+                        o = select(fires, ONE, ZERO)
+                        if extras:
+                            if has_rate:
+                                store(at(total, c), load(at(total, c)) + o)
+                            if has_map:  # Eq. 11: spikes times the trace of earlier ones
+                                before = load(at(trace, c))
+                                store(at(mapped, c), load(at(mapped, c)) + before * o)
+                                store(at(trace, c), DECAY * (before + o))
+                            if has_mask:
+                                # A spike that is dropped leaves -0.0: 0 for whoever reads it, and its
+                                # sign tells the backward that the neuron did fire.
+                                factor = load(at(masked, c))
+                                o = select(fires, select(factor != ZERO, factor, DROPPED), ZERO)
+                        put(in_spikes, o, streamed)
+                        if not is_whole:
+                            copy(at(spikes, here), spare_spikes, m - c)
+                            if code != NO_SLOPE:
+                                copy(at(slope, here), spare_slope, m - c)
+                for i in range(m):
+                    v_T[a + i] = state[i]
+                    bad += not np.isfinite(state[i])
+                if has_rate:
+                    for i in range(m):
+                        rate[a + i] = total[i] / per_step
+                if has_map:
+                    for i in range(m):
+                        amap[a + i] = mapped[i] / per_step
+            start = taken(counters, piece)
+        finish_streams()
+        taken(at(counters, BAD), bad)
+
+    return c_function(forward, FORWARD)
 
 
 # ---------------------------------------------------------------------------------------- backward
 
 
-@compiled
-def output_gradient(g, mask, constant, R, out, count, has_g, has_mask, has_maps):
-    """Gradient that reaches a step's spikes from outside: ``g * mask + constant + R``."""
-    if has_maps:
-        for i in range(count):
-            out[i] = constant[i] + R[i]
-    else:
-        fill(out, ZERO, count)
-    if has_g and has_mask:
-        for i in range(count):
-            out[i] += g[i] * mask[i]
-    elif has_g:
-        for i in range(count):
-            out[i] += g[i]
-
-
-@compiled
-def traces_before(bits, window, trace, block, count, n, t0, t1):
+@inlined
+def traces_before(spikes, window, trace, spare, block, count, n, t0, t1):
     """Eq. 11's trace ``N[t]`` for ``t0 <= t < t1`` into the rows of ``window``.
 
     Its recursion cannot be run backwards without loss, so it is run forwards again from ``MEMORY``
     steps before, where what came earlier has decayed away.
     """
-    fill(trace, ZERO, count)
+    fill(trace, ZERO, block)
     for t in range(max(0, t0 - MEMORY), t1):
-        for c in range(0, count, CHUNK):
-            m = min(CHUNK, count - c)
-            row, chunk = at(bits, t * n + c), at(trace, c)
-            fetch(at(row, CHUNK if c + CHUNK < count else n - c), CHUNK, 4)
+        for c in range(0, count, WIDTH):
+            row, before = at(spikes, t * n + c), load(at(trace, c))
+            fetch(at(row, n))
+            if c + WIDTH > count:
+                copy(spare, row, count - c)
+                row = spare
             if t >= t0:
-                put(at(window, (t - t0) * block + c), chunk, m, 4, False)
-            for i in range(m):
-                chunk[i] = DECAY * (chunk[i] + (ONE if row[i] != 0 else ZERO))
+                store(at(window, (t - t0) * block + c), before)
+            store(at(trace, c), DECAY * (before + select(is_marked(row), ONE, ZERO)))
 
 
-@compiled
-def add_map_gradient(out, mapped, trace, bits, R, count, through_trace):
-    """What the activation map's gradient adds to a step's: by its own spike, by the trace of later ones."""
-    for i in range(count):
-        out[i] += mapped[i] * trace[i]
-    if through_trace:
-        for i in range(count):
-            R[i] = DECAY * (R[i] + (mapped[i] if bits[i] != 0 else ZERO))
-
-
-@compiled
-def adjoint(
-    go, code, bits, gv, g_x, count, hard, carry, reset_gain, peak, gain, back, slope_of, away_of, slope, away
-):  # fmt: skip
-    """One step backwards: ``gv``, the gradient of the potential, of this step in place of the next.
+@inlined
+def adjoint(go, byte, fired, gv, reset, carry, reset_gain, attached, peak, back, slope_of, away_of):
+    """One step backwards: the gradient of the potential of this step, from ``gv`` of the next.
 
     ``carry`` is what of the later gradient reaches the state handed on, ``reset_gain`` what of it
     reaches the spike through the reset (0 where the reset is detached). The ``v_reset - v`` of a hard
     reset is found from the byte, which is even in ``v - v_threshold``, and the spike, which is its
     sign; ``back`` is ``v_reset - v_threshold``.
     """
-    if not hard:
-        for i in range(count):
-            gv[i] = carry * gv[i] + (go[i] - reset_gain * gv[i]) * (peak * np.float32(code[i]))
-            g_x[i] = gain * gv[i]
-        return
-    if reset_gain == ZERO:
-        for i in range(count):
-            slope[i] = np.float32(code[i])
-            away[i] = ZERO
-    else:
-        for i in range(count):  # alone in its loop: a table look-up is not vectorised
-            slope[i] = slope_of[code[i]]
-            away[i] = away_of[code[i]]
-    for i in range(count):
-        o = ONE if bits[i] != 0 else ZERO
-        handed = carry * gv[i]
-        jump = reset_gain * (back + (ONE - o - o) * away[i])
-        gv[i] = (ONE - o) * handed + (go[i] + jump * handed) * (peak * slope[i])
-        g_x[i] = gain * gv[i]
+    later = load(gv)
+    if reset != 2:
+        return carry * later + (go - reset_gain * later) * (peak * load(byte))
+    o = select(is_marked(fired), ONE, ZERO)
+    handed = carry * later
+    if not attached:
+        return (ONE - o) * handed + go * (peak * load(byte))
+    jump = back + (ONE - o - o) * looked_up(away_of, byte)
+    return (ONE - o) * handed + (go + jump * handed) * (peak * looked_up(slope_of, byte))
 
 
-def backward_scratch(block: int, has_maps: bool) -> int:
-    """Floats that :func:`backward_range` needs for itself."""
-    return (5 + WINDOW if has_maps else 1) * block + 4 * CHUNK
+def backward_scratch(block: int, extras: bool) -> int:
+    """Floats of a thread that runs :func:`backward_kernel`."""
+    return (6 + WINDOW if extras else 1) * block + 4 * WIDTH
 
 
-@c_function(
-    INT, *[FLOATS] * 4, INTS, BYTES, *[FLOATS] * 6, *[INT] * 4, INT, *[FLOAT] * 6, INT, FLOAT, INT,
-    FLOATS, BYTES, INT, INT, INT,
-)  # fmt: skip
-def backward_range(
-    g_spikes, g_v, g_rate, g_map, bits, slope, v0, mask, slope_of, away_of, g_x, g_v0, T, n, g_step, stream,
-    reset, leak, gain, theta, attached, peak, back, code, scale, through_trace,
-    scratch, byte_row, block, start, stop,
-):  # fmt: skip
-    """Adjoint of :func:`forward_range`; ``bits`` are the spikes as integers, not 0 where one fired.
+@cache
+def backward_kernel(
+    kind: int, reset: int, code: int, attached: bool, extras: bool, streamed: bool
+) -> Callable:
+    """Adjoint of :func:`forward_kernel`, of a :data:`BACKWARD` task.
 
-    ``g_spikes``, ``g_v``, ``g_rate``, ``g_map``, ``mask`` and ``bits`` may be null.
+    ``g_spikes``, ``g_v``, ``g_rate``, ``g_map``, ``mask`` may be null, and ``spikes``, not 0 where one
+    fired, unless the reset is hard or ``g_map`` is there.
+
+    Args:
+        kind: of ``g_spikes``, ``spikes`` and ``g_x``, in :data:`~.lanes.KINDS`.
+        reset: paper, soft, hard.
+        code: that ``slope`` was written with.
+        attached: whether the gradient flows through the reset.
+        extras: whether there is a mask, ``g_rate`` or ``g_map``, or no ``g_spikes``.
+        streamed: whether ``g_x`` goes past the cache; then ``n`` is a multiple of :data:`WIDTH`.
     """
-    out, g_row = scratch, at(scratch, CHUNK)
-    decoded_slope, away = at(scratch, 2 * CHUNK), at(scratch, 3 * CHUNK)
-    gv = at(scratch, 4 * CHUNK)
-    constant, mapped, R = at(gv, block), at(gv, 2 * block), at(gv, 3 * block)
-    trace, window = at(gv, 4 * block), at(gv, 5 * block)
-    has_g, has_mask, has_map = address(g_spikes) != 0, address(mask) != 0, address(g_map) != 0
-    reads_bits = reset == 2 or (has_map and through_trace != 0)
-    has_rate = address(g_rate) != 0
-    direct = has_g and not (has_mask or has_rate or has_map)
-    per_step = ONE / np.float32(T)
-    for a in range(start, stop, block):
-        m = min(block, stop - a)
-        fill(gv, ZERO, 5 * block if has_rate or has_map else block)
-        if address(g_v) != 0:
-            put(gv, at(g_v, a), m, 4, False)
-        if has_rate:
-            scale_into(constant, at(g_rate, a), per_step, m)
-        if has_map:
-            scale_into(mapped, at(g_map, a), per_step, m)
-        for k in range(T):
-            t = T - 1 - k
-            t0 = t - t % WINDOW
-            if has_map and (k == 0 or t % WINDOW == WINDOW - 1):
-                traces_before(at(bits, a), window, trace, block, m, n, t0, t + 1)
-            # The paper's state is the potential itself, so what arrives at the last one is its own
-            # gradient; the other resets hand on what is left after the reset.
-            carry = leak if k else ONE
-            if reset == 0:
-                reset_gain = attached if k else ZERO
-            elif reset == 1:
-                reset_gain = attached * carry
-            else:
-                reset_gain = attached
-            for c in range(0, m, CHUNK):
-                count = min(CHUNK, m - c)
-                here, g_here = t * n + a + c, t * g_step + a + c
-                ahead, g_ahead = CHUNK, CHUNK
-                if c + CHUNK >= m:  # in the row before
-                    ahead, g_ahead = CHUNK - m - n, CHUNK - m - g_step
-                if t or ahead > 0:
-                    fetch(at(slope, here + ahead), CHUNK, 1)
-                    if has_g:
-                        fetch(at(g_spikes, g_here + g_ahead), CHUNK, 4)
-                    if reads_bits:
-                        fetch(at(bits, here + ahead), CHUNK, 4)
-                go, fired = out, at(bits, here)
-                if direct:
-                    go = at(g_spikes, g_here)
-                else:
-                    output_gradient(
-                        at(g_spikes, g_here), at(mask, a + c), at(constant, c), at(R, c), out, count,
-                        has_g, has_mask, has_rate or has_map,
-                    )  # fmt: skip
-                if has_map:
-                    in_window = at(window, (t - t0) * block + c)
-                    add_map_gradient(out, at(mapped, c), in_window, fired, at(R, c), count, through_trace)
-                adjoint(
-                    go, at(slope, here), fired, at(gv, c), g_row, count, reset == 2, carry, reset_gain,
-                    peak, gain, back, slope_of, away_of, decoded_slope, away,
-                )  # fmt: skip
-                put(at(g_x, here), g_row, count, 4, stream)
-        scale_into(at(g_v0, a), gv, leak, m)
-        if attached != ZERO and reset == 0:  # the paper's reset of the first step is by the state given
-            for c in range(0, m, CHUNK):
-                count = min(CHUNK, m - c)
-                for i in range(count):
-                    out[i] = abs(v0[a + c + i] - theta)
-                slope_bytes(out, byte_row, count, code, scale)
-                for i in range(count):
-                    g_v0[a + c + i] -= attached * gv[c + i] * (peak * np.float32(byte_row[i]))
-    finish_streams()
-    return 0
+    lanes_source = _LANES
+
+    def backward(pointer):
+        lanes_source  # noqa: B018 - enclosed, as part of the cache's key
+        task, counters = numba.carray(pointer, 1)[0], ints(address(pointer))
+        g, spikes, g_x = sequence(task.g_spikes, kind), sequence(task.spikes, kind), sequence(task.g_x, kind)
+        slope, v0, g_v0 = bytes_(task.slope), floats(task.v0), floats(task.g_v0)
+        g_v, g_rate, g_map = floats(task.g_v), floats(task.g_rate), floats(task.g_map)
+        mask, slope_of, away_of = floats(task.mask), floats(task.slope_of), floats(task.away_of)
+        n, piece, block, T, g_step = task.n, task.piece, task.block, task.T, task.g_step
+        leak, gain, theta = task.leak, task.gain, task.theta
+        peak, back, scale = task.peak, task.back, task.scale
+        has_g, has_mask = address(g) != 0, address(mask) != 0
+        has_rate, has_map = address(g_rate) != 0, address(g_map) != 0
+        through_trace = has_map and task.through_trace != 0
+        reads_spikes = reset == 2 or through_trace
+        per_step = ONE / np.float32(T)
+        gv = floats(task.scratch + 4 * task.scratch_size * taken(at(counters, SEATS), 1))
+        constant, mapped, R = at(gv, block), at(gv, 2 * block), at(gv, 3 * block)
+        trace, masked, window = at(gv, 4 * block), at(gv, 5 * block), at(gv, 6 * block)
+        spare = address(at(gv, (6 + WINDOW if extras else 1) * block))
+        spare_g, spare_g_x = sequence(spare, kind), sequence(spare + LINE, kind)
+        spare_spikes, spare_slope = sequence(spare + 2 * LINE, kind), bytes_(spare + 3 * LINE)
+        start = taken(counters, piece)
+        while start < n:
+            stop = min(start + piece, n)
+            for a in range(start, stop, block):
+                m = min(block, stop - a)
+                fill(gv, ZERO, block)
+                if address(g_v) != 0:
+                    copy(gv, at(g_v, a), m)
+                if extras:
+                    fill(constant, ZERO, 3 * block)
+                    if has_mask:
+                        copy(masked, at(mask, a), m)
+                    if has_rate:
+                        for i in range(m):
+                            constant[i] = per_step * g_rate[a + i]
+                    if has_map:
+                        for i in range(m):
+                            mapped[i] = per_step * g_map[a + i]
+                for k in range(T):
+                    t = T - 1 - k
+                    t0 = t - t % WINDOW
+                    if extras:
+                        if has_map and (k == 0 or t % WINDOW == WINDOW - 1):
+                            traces_before(
+                                at(spikes, a), window, trace, spare_spikes, block, m, n, t0, t + 1
+                            )
+                    # The paper's state is the potential itself, so what arrives at the last one is its
+                    # own gradient; the other resets hand on what is left after the reset.
+                    carry = leak if k else ONE
+                    reset_gain = ZERO
+                    if attached:
+                        reset_gain = theta * carry if reset == 1 else theta if k else ZERO
+                    for c in range(0, m, WIDTH):
+                        here, g_here = t * n + a + c, t * g_step + a + c
+                        in_g, in_g_x, in_slope = at(g, g_here), at(g_x, here), at(slope, here)
+                        in_spikes = at(spikes, here)
+                        in_this_row = c + AHEAD < m  # or in the one before
+                        ahead = AHEAD if in_this_row else AHEAD - m - n
+                        fetch(at(in_g, AHEAD if in_this_row else AHEAD - m - g_step))
+                        if c % LINE == 0:
+                            fetch(at(in_slope, ahead))
+                        if reads_spikes:
+                            fetch(at(in_spikes, ahead))
+                        is_whole = streamed or c + WIDTH <= m
+                        if not is_whole:
+                            copy(spare_slope, in_slope, m - c)
+                            if has_g:
+                                copy(spare_g, in_g, m - c)
+                            if reads_spikes:
+                                copy(spare_spikes, in_spikes, m - c)
+                            in_g, in_g_x, in_slope, in_spikes = spare_g, spare_g_x, spare_slope, spare_spikes
+                        if extras:
+                            go = load(at(constant, c)) + load(at(R, c))
+                            if has_g and has_mask:
+                                go = go + load(in_g) * load(at(masked, c))
+                            elif has_g:
+                                go = go + load(in_g)
+                            if has_map:
+                                # by its own spike, and by the trace of later ones
+                                go = go + load(at(mapped, c)) * load(at(window, (t - t0) * block + c))
+                                if through_trace:
+                                    by_spike = select(is_marked(in_spikes), load(at(mapped, c)), ZERO)
+                                    store(at(R, c), DECAY * (load(at(R, c)) + by_spike))
+                        else:
+                            go = load(in_g)
+                        by_v = adjoint(
+                            go, in_slope, in_spikes, at(gv, c), reset, carry, reset_gain, attached, peak, back,
+                            slope_of, away_of,
+                        )  # fmt: skip
+                        store(at(gv, c), by_v)
+                        put(in_g_x, gain * by_v, streamed)
+                        if not is_whole:
+                            copy(at(g_x, here), spare_g_x, m - c)
+                for i in range(m):
+                    g_v0[a + i] = leak * gv[i]
+                if attached and reset == 0:  # the reset of the first step is by the state given
+                    for c in range(0, m, WIDTH):
+                        count = min(WIDTH, m - c)
+                        distance = floats(spare)
+                        for i in range(count):
+                            distance[i] = abs(v0[a + c + i] - theta)
+                        store(spare_slope, slope_byte(load(distance), code, scale))
+                        for i in range(count):
+                            by_reset = gv[c + i] * (peak * np.float32(spare_slope[i]))
+                            g_v0[a + c + i] -= theta * by_reset
+            start = taken(counters, piece)
+        finish_streams()
+
+    return c_function(backward, BACKWARD)

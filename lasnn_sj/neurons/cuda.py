@@ -115,19 +115,21 @@ def backward(
     v0: Tensor,
     mask: Tensor | None,
     p: LoopParameters,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Adjoint of :func:`forward`: gradients of ``x`` and ``v``, in ``slope``'s layout.
+    """Adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v``, in ``slope``'s layout.
 
     A gradient that is ``None`` counts as 0. ``spikes`` may be ``None`` unless the reset is hard or
-    ``g_map`` is given. The gradient of ``x`` has the dtype of ``g_spikes``, that of ``v`` is float32.
+    ``g_map`` is given.
     """
     step = slope[0]
+    overlaps = g_spikes is not None and 0 < g_spikes.stride(0) < step.numel()
     if g_spikes is None:
-        dtype = torch.float32 if spikes is None else spikes.dtype
         g_spikes = torch.zeros_like(step, dtype=dtype).expand(slope.shape)
-    elif not _same_order(g_spikes[0], step) or 0 < g_spikes.stride(0) < step.numel():
-        g_spikes = empty_sequence(slope, g_spikes.dtype).copy_(g_spikes)
-    g_x = empty_sequence(slope, g_spikes.dtype)
+    elif g_spikes.dtype != dtype or not _same_order(g_spikes[0], step) or overlaps:
+        g_spikes = empty_sequence(slope, dtype).copy_(g_spikes)
+    spikes = None if spikes is None else spikes.to(dtype)
+    g_x = empty_sequence(slope, dtype)
     g_v0 = torch.empty_like(step, dtype=torch.float32)
     if step.numel():
         inputs = (

@@ -143,10 +143,9 @@ def _time_loop_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` (in ``dtype``) and of the first state (float32)."""
-    g_x, g_v0 = _kernels(slope.device).backward(
-        g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, _unpack(parameters)
+    return _kernels(slope.device).backward(
+        g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, _unpack(parameters), dtype
     )
-    return g_x.to(dtype), g_v0
 
 
 @_time_loop_backward.register_fake

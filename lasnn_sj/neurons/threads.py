@@ -1,4 +1,4 @@
-"""Threads that cover a layer on the CPU, each taking a piece of it as soon as it is free."""
+"""Threads that share a task on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _process = os.getpid()
 
 
@@ -33,40 +32,22 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="time_loop")
 
 
-def spread(kernel: Callable[[int, int], int], n: int, piece: int, threads: int) -> int:
-    """The sum of ``kernel(start, stop)`` over pieces of ``range(n)``.
+def run(kernel: Callable[[int], None], task: int, threads: int) -> None:
+    """Call ``kernel(task)`` in so many threads at once, the caller's own among them.
 
     Args:
-        kernel: lets go of the GIL while it works.
-        n: how many there are to cover.
-        piece: how many go to a thread at a time.
-        threads: how many threads, the caller's own among them.
+        kernel: a C function, which raises nothing and lets go of the GIL.
+        task: address of what they share; each takes from it until nothing is left.
+        threads: how many. One that starts late may find nothing to do.
     """
-    if threads == 1 or piece >= n:
-        return kernel(0, n)
-    starts, results, errors = list(range(0, n, piece)), [], []
-
-    def work(_: object = None) -> None:
-        try:
-            while starts:
-                try:
-                    start = starts.pop()
-                except IndexError:  # another thread was faster
-                    return
-                results.append(kernel(start, min(start + piece, n)))
-        except BaseException as error:  # OpenMP's threads can raise nothing
-            errors.append(error)
-
-    if _openmp is not None and os.getpid() == _process:  # OpenMP's threads do not survive a fork either
-        body = _BODY(work)
-        _openmp(body, None, threads, 0)
+    if threads == 1:
+        kernel(task)
+    elif _openmp is not None and os.getpid() == _process:  # OpenMP's threads do not survive a fork either
+        _openmp(kernel, ctypes.c_void_p(task), threads, 0)
     else:
-        helpers = [_pool(os.getpid(), threads).submit(work) for _ in range(threads - 1)]
-        work()
+        helpers = [_pool(os.getpid(), threads).submit(kernel, task) for _ in range(threads - 1)]
+        kernel(task)
         for helper in helpers:
             # one whose core was busy until now has nothing left to do
             if not helper.cancel():
                 helper.result()
-    if errors:
-        raise errors[0]
-    return sum(results)

@@ -219,7 +219,7 @@ def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, throu
     gradients = [put(g) for g in (case.g_spikes, case.g_v, case.g_rate, case.g_map)]
     g_x, g_v0 = cuda.backward(
         *(gradients if maps else (*gradients[:2], None, None)),
-        spikes if maps or d.reset == "hard" else None, slope, v, put(mask), p,
+        spikes if maps or d.reset == "hard" else None, slope, v, put(mask), p, dtype,
     )  # fmt: skip
     for t in (spikes, slope, g_x):
         assert memory_order(t[0]) == memory_order(x[0])
@@ -339,9 +339,9 @@ def test_a_missing_gradient_is_zero(device):
     p = parameters(Dynamics(), "triangle", firing_rate=True)
     x, v, g_rate = (t.to(device) for t in (case.x, case.v, case.g_rate))
     spikes, _, _, _, slope = cuda.forward(x, v, None, p)
-    sparse = cuda.backward(None, None, g_rate, None, None, slope, v, None, p)
+    sparse = cuda.backward(None, None, g_rate, None, None, slope, v, None, p, x.dtype)
     zeros = torch.zeros_like(spikes), torch.zeros_like(v)
-    full = cuda.backward(*zeros, g_rate, None, spikes, slope, v, None, p)
+    full = cuda.backward(*zeros, g_rate, None, spikes, slope, v, None, p, x.dtype)
     assert torch.equal(sparse[0], full[0])
     assert torch.equal(sparse[1], full[1])
 
@@ -377,7 +377,7 @@ def test_no_neurons(device):
     assert spikes.shape == slope.shape == x.shape
     assert v_T.shape == rate.shape == v.shape
     assert amap is None
-    g_x, g_v0 = cuda.backward(spikes, v, rate, None, spikes, slope, v, None, p)
+    g_x, g_v0 = cuda.backward(spikes, v, rate, None, spikes, slope, v, None, p, x.dtype)
     assert (g_x.shape, g_v0.shape) == (x.shape, v.shape)
 
 
@@ -401,7 +401,7 @@ def test_slopes_are_rounded_to_a_byte(reset, shape, device):
     assert (slope.cpu().float() - 255 * shape_of(p, torch.stack(z))).abs().max() < 0.501
 
     g = [case.g_spikes.to(device), case.g_v.to(device)]
-    g_x, _ = cuda.backward(*g, None, None, spikes, slope, case.v.to(device), None, p)
+    g_x, _ = cuda.backward(*g, None, None, spikes, slope, case.v.to(device), None, p, torch.float32)
     exact = dynamics.run(x, case.v, d, SURROGATES[shape])
     (expected,) = torch.autograd.grad(exact[:2], x, [case.g_spikes, case.g_v])
     error = torch.zeros(500)
@@ -443,7 +443,7 @@ def test_a_hard_reset_needs_its_spikes(device):
     slope = torch.zeros(3, 4, dtype=torch.uint8, device=device)
     g, v = case.g_spikes.to(device), case.v.to(device)
     with pytest.raises(ValueError, match="spikes must be given"):
-        cuda.backward(g, None, None, None, None, slope, v, None, p)
+        cuda.backward(g, None, None, None, None, slope, v, None, p, torch.float32)
 
 
 # ------------------------------------------------------------------------------------- device only
@@ -459,7 +459,8 @@ def test_runs_in_a_cuda_graph_and_on_a_side_stream():
 
     def both():
         spikes, v_T, _, amap, slope = cuda.forward(x, v, None, p)
-        return spikes, v_T, amap, *cuda.backward(spikes, v_T, None, g_map, spikes, slope, v, None, p)
+        gradients = cuda.backward(spikes, v_T, None, g_map, spikes, slope, v, None, p, x.dtype)
+        return spikes, v_T, amap, *gradients
 
     expected = [t.clone() for t in both()]  # also compiles
     side = torch.cuda.Stream()

@@ -1,5 +1,6 @@
 """The time-loop operation and its CPU kernels against the oracle in ``dynamics.py``."""
 
+import ctypes
 import logging
 import math
 import shutil
@@ -24,6 +25,7 @@ from lasnn_sj.neurons import (
     cpu,
     cpu_kernels,
     dynamics,
+    lanes,
     op,
     threads,
     use_backend,
@@ -37,6 +39,23 @@ SURROGATES = {
     "sigmoid": surrogate.Sigmoid(4.0),
     "piecewise": surrogate.PiecewiseQuadratic(1.5),
 }
+
+
+@numba.njit
+def write_slope_bytes(distance, slope, count, code, scale):
+    distance, slope = lanes.floats(distance), lanes.bytes_(slope)
+    for i in range(0, count, lanes.WIDTH):
+        byte = cpu_kernels.slope_byte(lanes.load(lanes.at(distance, i)), code, scale)
+        lanes.store(lanes.at(slope, i), byte)
+
+
+def slope_bytes(distance: np.ndarray, code: int, scale: float) -> np.ndarray:
+    """What the kernels keep for each distance of a potential from the threshold."""
+    padded = np.zeros(-(-distance.size // lanes.WIDTH) * lanes.WIDTH, np.float32)
+    padded[: distance.size] = distance
+    slope = np.empty(padded.size, np.uint8)
+    write_slope_bytes(padded.ctypes.data, slope.ctypes.data, padded.size, code, np.float32(scale))
+    return slope[: distance.size]
 
 
 class Rounded(nn.Module):
@@ -59,9 +78,7 @@ class Rounded(nn.Module):
 
     def bytes(self, x):
         distance = x.detach().abs().flatten().numpy()
-        slope = np.empty(distance.shape, np.uint8)
-        cpu_kernels.slope_bytes(distance, slope, slope.size, self.code, np.float32(self.scale))
-        return torch.from_numpy(slope).reshape(x.shape).long()
+        return torch.from_numpy(slope_bytes(distance, self.code, self.scale)).reshape(x.shape).long()
 
     def forward(self, x):
         slope = self.slopes[self.bytes(x)] * self.unit
@@ -164,7 +181,7 @@ def test_equals_the_oracle(case):
     attached_hard = d.reset == "hard" and not d.detach_reset
     rounded = Rounded(function, d.v_threshold, attached_hard)
     step = attached_hard_step if attached_hard else dynamics.step
-    cut = {"BLOCK": 100, "MAP_BLOCK": 100, "STREAM": 0} if case["small_blocks"] else {"BLOCK": cpu.BLOCK}
+    cut = {"BLOCK": 96, "EXTRAS_BLOCK": 96, "STREAM": 0} if case["small_blocks"] else {"BLOCK": cpu.BLOCK}
     with mock.patch.object(dynamics, "step", step), mock.patch.multiple(cpu, **cut):
         (ours, g_x, g_v), (oracle, o_x, o_v) = both(
             x, v, d, function, mask, case["maps"], case["through_trace"], rounded
@@ -242,8 +259,7 @@ def test_the_trace_of_an_old_spike_reaches_the_backward():
 @pytest.mark.parametrize("code", [0, 3, 4])
 def test_the_distance_found_from_a_byte_has_that_byte(code, scale):
     slopes, distances = cpu_kernels.decoded(code, scale)
-    bytes_again = np.empty(256, np.uint8)
-    cpu_kernels.slope_bytes(distances, bytes_again, 256, code, np.float32(scale))
+    bytes_again = slope_bytes(distances, code, scale)
     assert bytes_again[1:].tolist() == list(range(1, 256))
     assert (np.diff(distances) < 0).all()
     assert (np.diff(slopes) > 0).all()
@@ -433,18 +449,19 @@ def test_same_result_on_any_number_of_threads_and_from_several_at_once(openmp, m
 
 
 @pytest.mark.parametrize("openmp", [True, False])
-def test_pieces_are_done_once_each_and_an_error_in_one_is_raised(openmp, monkeypatch):
+def test_every_thread_gets_the_task(openmp, monkeypatch):
+    if openmp and threads._openmp is None:
+        pytest.skip("this PyTorch has another OpenMP library")
     monkeypatch.setattr(threads, "_openmp", threads._openmp if openmp else None)
-    done = []
+    together = threading.Barrier(3, timeout=30)  # so that no thread can do the work of another
+    tasks = []
 
-    def piece(start, stop):
-        done.extend(range(start, stop))
-        return stop - start
+    def kernel(task):
+        together.wait()
+        tasks.append(task)
 
-    assert threads.spread(piece, 1001, 64, 3) == 1001
-    assert sorted(done) == list(range(1001))
-    with pytest.raises(ZeroDivisionError):
-        threads.spread(lambda start, stop: 1 // start, 1001, 64, 3)
+    threads.run(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel), 1234, 3)
+    assert tasks == [1234] * 3
 
 
 class SpikingDataset(torch.utils.data.Dataset):
@@ -465,19 +482,22 @@ def test_runs_in_a_forked_data_loader_worker():
 
 
 def test_kernels_compile_without_a_place_to_cache(monkeypatch):
-    njit = numba.njit
+    cfunc = numba.cfunc
 
-    def no_place(*, cache=False, **options):
+    def no_place(kind, *, cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
+        return cfunc(kind, **options)
 
-    monkeypatch.setattr(numba, "njit", no_place)
+    monkeypatch.setattr(numba, "cfunc", no_place)
+    record = np.dtype([("x", "i8")], align=True)
 
-    def twice(x):
-        return x + x
+    def double(pointer):
+        numba.carray(pointer, 1)[0].x *= 2
 
-    assert cpu_kernels.compiled(twice)(21) == 42
+    task = np.array((21,), record)
+    cpu_kernels.c_function(double, record)(task.ctypes.data)
+    assert task["x"] == 42
 
 
 def test_backend_names_what_runs_and_why():

@@ -1,0 +1,279 @@
+"""Sixteen float32 at once in Numba kernels, and the memory they come from.
+
+Whether a loop becomes vector instructions is LLVM's guess; an expression of :data:`LANES`, such as
+``leak * v + x``, is vector instructions by construction (several shorter ones where the processor's are
+shorter). No operation is reordered or fused, so each lane has the bits of the scalar expression.
+
+Memory is given by pointers, not arrays: counting references to arrays would wait for streamed stores.
+What a pointer points to says how a lane is stored: :data:`FLOATS`, :data:`BYTES` (0 to 255),
+:data:`HALVES` (float16) or :data:`BFLOATS` (bfloat16, of which Numba knows nothing).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typeconv import Conversion
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
+
+WIDTH = 16  # lanes: a cache line of float32
+LINE = 64  # bytes of a cache line
+
+FLOATS, BYTES = types.CPointer(types.float32), types.CPointer(types.uint8)
+HALVES, BFLOATS = types.CPointer(types.int16), types.CPointer(types.uint16)
+INTS = types.CPointer(types.int64)
+KINDS = (FLOATS, HALVES, BFLOATS)  # how x, spikes and their gradients may be stored
+
+_BIT, _I8, _I16, _I32, _I64 = map(ir.IntType, (1, 8, 16, 32, 64))
+_F32 = ir.FloatType()
+_FLOAT_LANES = ir.VectorType(_F32, WIDTH)
+_features = llvmlite.binding.get_host_cpu_features()
+# Else LLVM would call a function for each number, and there is none.
+HAS_HALVES = _features.get("f16c", not llvmlite.binding.get_process_triple().startswith("x86"))
+
+
+class Lanes(types.Type):
+    """Numba's type of :data:`WIDTH` numbers (``of="float"``) or conditions (``of="bit"``)."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+        super().__init__(f"Lanes({of})")
+
+    def can_convert_from(self, typing, other):
+        """A float32 in an expression stands for sixteen of it."""
+        return Conversion.safe if self.of == "float" and other == types.float32 else None
+
+
+LANES, CONDITIONS = Lanes("float"), Lanes("bit")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(_F32 if kind.of == "float" else _BIT, WIDTH))
+
+
+@lower_cast(types.float32, Lanes)
+def _broadcast(context, builder, source, target, value):
+    undefined = ir.Constant(_FLOAT_LANES, ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
+
+
+def _define(function: Callable, result: Lanes, arguments: int, build: Callable) -> None:
+    """Let ``function`` take lanes; ``build(builder, *lanes)`` emits it."""
+
+    class Template(AbstractTemplate):
+        def generic(self, args, kws):
+            if len(args) == arguments and LANES in args and all(a in (LANES, types.float32) for a in args):
+                return signature(result, *[LANES] * arguments)
+            return None
+
+    Template.key = function
+    infer_global(function)(Template)
+    lower_builtin(function, *[LANES] * arguments)(lambda context, builder, _, given: build(builder, *given))
+
+
+_define(operator.add, LANES, 2, lambda builder, a, b: builder.fadd(a, b))
+_define(operator.sub, LANES, 2, lambda builder, a, b: builder.fsub(a, b))
+_define(operator.mul, LANES, 2, lambda builder, a, b: builder.fmul(a, b))
+_define(operator.truediv, LANES, 2, lambda builder, a, b: builder.fdiv(a, b))
+_define(operator.gt, CONDITIONS, 2, lambda builder, a, b: builder.fcmp_ordered(">", a, b))
+_define(operator.ge, CONDITIONS, 2, lambda builder, a, b: builder.fcmp_ordered(">=", a, b))
+_define(operator.ne, CONDITIONS, 2, lambda builder, a, b: builder.fcmp_unordered("!=", a, b))
+_define(abs, LANES, 1, lambda builder, a: _call(builder, "llvm.fabs.v16f32", a))
+
+
+def _call(builder, name, argument):
+    kind = ir.FunctionType(_FLOAT_LANES, [_FLOAT_LANES])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [argument])
+
+
+@intrinsic
+def root(typing, a):
+    """The square root of each lane."""
+    return LANES(LANES), lambda context, builder, _, given: _call(builder, "llvm.sqrt.v16f32", *given)
+
+
+@intrinsic
+def select(typing, condition, a, b):
+    """``a`` where the condition holds, else ``b``."""
+    return LANES(CONDITIONS, LANES, LANES), lambda context, builder, _, given: builder.select(*given)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@intrinsic
+def at(typing, pointer, index):
+    """The pointer to ``pointer[index]``."""
+    return pointer(pointer, types.int64), lambda context, builder, _, given: builder.gep(given[0], [given[1]])
+
+
+def _pointer_to(kind: types.CPointer) -> Callable:
+    @intrinsic
+    def pointer(typing, address):
+        def build(context, builder, _, given):
+            return builder.inttoptr(given[0], context.get_value_type(kind))
+
+        return kind(types.int64), build
+
+    return pointer
+
+
+floats, bytes_, ints = map(_pointer_to, (FLOATS, BYTES, INTS))  # from an address
+
+
+@intrinsic(prefer_literal=True)
+def sequence(typing, address, kind):
+    """The pointer, from an address, to numbers of ``KINDS[kind]``, a constant."""
+    pointer = KINDS[kind.literal_value]
+
+    def build(context, builder, _, given):
+        return builder.inttoptr(given[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, kind), build
+
+
+@intrinsic
+def address(typing, pointer):
+    """The pointer as a number, 0 where there is no such tensor."""
+    return types.int64(pointer), lambda context, builder, _, given: builder.ptrtoint(given[0], _I64)
+
+
+def _vector(element) -> ir.VectorType:
+    return ir.VectorType(element, WIDTH)
+
+
+def _read(builder, pointer, element):
+    return builder.load(builder.bitcast(pointer, _vector(element).as_pointer()), align=element.width // 8)
+
+
+@intrinsic
+def load(typing, pointer):
+    """Sixteen numbers from where they are stored, in any of the four ways."""
+
+    def build(context, builder, _, given):
+        if pointer == FLOATS:
+            return builder.load(builder.bitcast(given[0], _FLOAT_LANES.as_pointer()), align=4)
+        if pointer == BYTES:
+            return builder.uitofp(_read(builder, given[0], _I8), _FLOAT_LANES)
+        bits = _read(builder, given[0], _I16)
+        if pointer == HALVES:
+            return builder.fpext(builder.bitcast(bits, _vector(ir.HalfType())), _FLOAT_LANES)
+        high = builder.shl(builder.zext(bits, _vector(_I32)), _vector(_I32)([16] * WIDTH))
+        return builder.bitcast(high, _FLOAT_LANES)
+
+    return LANES(pointer), build
+
+
+@intrinsic
+def is_marked(typing, pointer):
+    """Which of sixteen stored numbers have any bit set: -0.0 has one."""
+    element = _I32 if pointer == FLOATS else _I16
+
+    def build(context, builder, _, given):
+        bits = _read(builder, given[0], element)
+        return builder.icmp_unsigned("!=", bits, _vector(element)([0] * WIDTH))
+
+    return CONDITIONS(pointer), build
+
+
+def _as_stored(builder, pointer, lanes):
+    """Lanes as :func:`store` writes them."""
+    if pointer == FLOATS:
+        return lanes
+    if pointer == BYTES:
+        return builder.trunc(builder.fptosi(lanes, _vector(_I32)), _vector(_I8))
+    if pointer == HALVES:
+        return builder.fptrunc(lanes, _vector(ir.HalfType()))
+    # to the nearest bfloat16, halfway to the even one; NaN keeps its upper bits, of which one is set
+    ones, half = (_vector(_I32)([number] * WIDTH) for number in (1, 0x7FFF))
+    sixteen, quiet = (_vector(_I32)([number] * WIDTH) for number in (16, 0x400000))
+    bits = builder.bitcast(lanes, _vector(_I32))
+    odd = builder.and_(builder.lshr(bits, sixteen), ones)
+    rounded = builder.add(bits, builder.add(odd, half))
+    is_nan = builder.fcmp_unordered("uno", lanes, lanes)
+    kept = builder.select(is_nan, builder.or_(bits, quiet), rounded)
+    return builder.trunc(builder.lshr(kept, sixteen), _vector(_I16))
+
+
+def _storing(streamed: bool) -> Callable:
+    def store(typing, pointer, lanes):
+        def build(context, builder, _, given):
+            value = _as_stored(builder, pointer, given[1])
+            bytes_each = {FLOATS: 4, BYTES: 1}.get(pointer, 2)
+            target = builder.bitcast(given[0], value.type.as_pointer())
+            done = builder.store(value, target, align=bytes_each * (WIDTH if streamed else 1))
+            if streamed:
+                done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+            return context.get_dummy_value()
+
+        return types.void(pointer, LANES), build
+
+    store.__doc__ = (
+        """Sixteen numbers past the cache, to an address that is a multiple of their bytes."""
+        if streamed
+        else """Sixteen numbers as the pointer says; to bytes they are truncated."""
+    )
+    return intrinsic(store)
+
+
+store, stream = _storing(False), _storing(True)
+
+
+@intrinsic
+def looked_up(typing, table, pointer):
+    """``table[byte]`` for sixteen bytes."""
+
+    def build(context, builder, _, given):
+        indices = builder.zext(_read(builder, given[1], _I8), _vector(_I64))
+        lanes = ir.Constant(_FLOAT_LANES, ir.Undefined)
+        for lane in map(_I32, range(WIDTH)):
+            value = builder.load(builder.gep(given[0], [builder.extract_element(indices, lane)]))
+            lanes = builder.insert_element(lanes, value, lane)
+        return lanes
+
+    return LANES(FLOATS, BYTES), build
+
+
+@intrinsic
+def fetch(typing, pointer):
+    """Ask for the cache line at ``pointer``, without waiting for it."""
+
+    def build(context, builder, _, given):
+        byte_pointer = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        reading, in_all_caches, data = _I32(0), _I32(3), _I32(1)
+        builder.call(prefetch, [builder.bitcast(given[0], byte_pointer), reading, in_all_caches, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer), build
+
+
+@intrinsic
+def finish_streams(typing):
+    """Wait until what was streamed can be seen by other threads."""
+
+    def build(context, builder, _, given):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def taken(typing, pointer, amount):
+    """``pointer[0] += amount`` that no other thread comes between; the value before."""
+
+    def build(context, builder, _, given):
+        return builder.atomic_rmw("add", *given, "seq_cst")
+
+    return types.int64(INTS, types.int64), build
