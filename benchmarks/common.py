@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,9 +41,10 @@ def synchronize(device: str) -> None:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], device: str, runs: int) -> dict[str, list[float]]:
-    """Seconds of each call, one run of each after the other, so that drift hits all alike.
+    """Seconds of each call, one run of each in turn, so that drift hits all alike.
 
-    Two runs of each come first and do not count. A call that fails is reported and left out.
+    Each round has an order of its own: what came before leaves its data in the caches, or the next one's
+    out of them. Two runs of each come first and do not count. A call that fails is reported and left out.
     """
     seconds: dict[str, list[float]] = {}
     for name, call in list(calls.items()):
@@ -53,8 +55,9 @@ def in_turns(calls: dict[str, Callable[[], object]], device: str, runs: int) -> 
             seconds[name] = []
         except Exception as error:  # a peer that cannot run here must not end the comparison
             print(f"  {name}: {type(error).__name__}: {error}")
+    shuffled = random.Random(0)
     for _ in range(runs):
-        for name in seconds:
+        for name in shuffled.sample(list(seconds), len(seconds)):
             synchronize(device)
             start = time.perf_counter()
             calls[name]()

@@ -7,7 +7,8 @@ the profiler see one node per layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import get_type_hints
 
@@ -101,10 +102,34 @@ def _kernels(device: torch.device) -> ModuleType:
 
 
 def _unpack(numbers: Sequence[float]) -> LoopParameters:
+    return _typed(tuple(numbers))
+
+
+@lru_cache
+def _typed(numbers: tuple[float, ...]) -> LoopParameters:
     return LoopParameters(*(kind(n) for kind, n in zip(PARAMETER_TYPES, numbers, strict=True)))
 
 
-@torch.library.custom_op("lasnn_sj::time_loop", mutates_args=())
+def _operation(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: registers ``lasnn_sj::name``.
+
+    A custom operation looks at every call, in Python, whether a result is one of its arguments. Here
+    none is, so the kernels are also registered without that: it takes as long as a small layer.
+    """
+
+    def register(function: Callable) -> Callable:
+        defined = torch.library.custom_op(f"lasnn_sj::{name}", function, mutates_args=())
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
+        return defined
+
+    return register
+
+
+_library = torch.library.Library("lasnn_sj", "IMPL")
+
+
+@_operation("time_loop")
 def _time_loop(
     x: Tensor, v: Tensor, mask: Tensor | None, parameters: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -129,7 +154,7 @@ def _(x, v, mask, parameters):
     )
 
 
-@torch.library.custom_op("lasnn_sj::time_loop_backward", mutates_args=())
+@_operation("time_loop_backward")
 def _time_loop_backward(
     g_spikes: Tensor | None,
     g_v: Tensor | None,
