@@ -203,6 +203,9 @@ class Pipeline:
             return json.loads(path.read_text())
         log.info("stage %s of %s", stage, self.run_dir)
         path.parent.mkdir(exist_ok=True)
+        # What a stage gives must not depend on which others this process has run: calibration images are
+        # augmented.
+        checkpoint.seed_everything(self.recipe.seed)
         with Cost(self.device) as cost:
             result = getattr(self, f"_run_{stage}")(path.parent)
         result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}

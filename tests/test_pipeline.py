@@ -67,6 +67,32 @@ def test_a_stage_without_result_runs_again(finished, digits):
     assert again["converted_10T"]["top1"] == results["converted_10T"]["top1"]
 
 
+class Shifted(torch.utils.data.Dataset):
+    """Images that are augmented: each time a little brighter or darker."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return image + 0.2 * torch.rand(()) - 0.1, label
+
+
+def test_a_stage_does_not_depend_on_what_ran_before(finished, digits, tmp_path):
+    augmented = dataclasses.replace(digits, train=Shifted(digits.train))
+    ann = Pipeline(TINY, digits, finished[0]).student("ann")
+    thresholds = []
+    for before in range(2):
+        torch.manual_seed(before)
+        pipeline = Pipeline(TINY, augmented, tmp_path / str(before), ann=ann)
+        pipeline.run(["converted"])
+        thresholds.append((tmp_path / str(before) / "converted" / "thresholds.json").read_text())
+    assert thresholds[0] == thresholds[1]
+
+
 def test_another_recipe_or_data_set_is_refused(finished, digits):
     folder, _ = finished
     with pytest.raises(ValueError, match="T: there 2, here 3"):
