@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import (
-    BACKWARD, BAD, FORWARD, NO_SLOPE, backward_kernel, backward_scratch, decoded, forward_kernel,
+    BACKWARD,
+    FORWARD,
+    NO_SLOPE,
+    backward_kernel,
+    backward_scratch,
+    decoded,
+    forward_kernel,
     forward_scratch,
 )  # fmt: skip
 from .dynamics import LoopParameters
 from .lanes import HAS_HALVES, WIDTH
-from .layout import empty_sequence
+from .layout import empty_bits, empty_sequence
 from .memory import advise_huge_pages
 from .threads import run
 
@@ -74,8 +80,11 @@ def _code(p: LoopParameters) -> int:
 
 def forward(
     x: Tensor, v: Tensor, mask: Tensor | None, p: LoopParameters
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope)``.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope, fired)``.
+
+    What is kept for the backward is empty where it is not asked for: ``slope``, a byte of
+    :func:`~.cpu_kernels.slope_byte` for each neuron and step, and ``fired``, a bit.
 
     Args:
         x: ``[T, N, ...]``, each step without gaps in memory, any stride between steps.
@@ -92,25 +101,26 @@ def forward(
     spikes = advise_huge_pages(empty_sequence(x, x.dtype))
     slope = empty_sequence(x, torch.uint8) if p.keep_slope else torch.empty(0, dtype=torch.uint8)
     advise_huge_pages(slope)
+    fired = empty_bits(x if p.keep_fired else x[:0])
     step = spikes[0]
     v_T = torch.empty_like(step, dtype=torch.float32)
     rate = torch.empty_like(v_T) if p.firing_rate else None
     amap = torch.empty_like(v_T) if p.activation_map else None
     if n == 0:
-        return spikes, v_T, rate, amap, slope
+        return spikes, v_T, rate, amap, slope, fired
     v, mask = _flat(v, step), _flat(mask, step)
     extras = mask is not None or p.firing_rate or p.activation_map
     code = _code(p) if p.keep_slope else NO_SLOPE
-    kernel = forward_kernel(KINDS[x.dtype], p.reset, code, extras, _streamed(spikes, n))
+    kernel = forward_kernel(KINDS[x.dtype], p.reset, code, extras, fired.numel() > 0, _streamed(spikes, n))
     block = _block(EXTRAS_BLOCK if extras else BLOCK, n)
     bad = _run(
         kernel, FORWARD, n, T, forward_scratch(block, extras),
-        block, T, *_addresses(x, v, mask, spikes, v_T, rate, amap, slope), _row_step(x),
+        block, T, *_addresses(x, v, mask, spikes, v_T, rate, amap, slope, fired), _row_step(x),
         p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, p.scale,
     )  # fmt: skip
     if bad:
         raise ValueError("x (or the state v) holds NaN or infinity: the potential ends without a value")
-    return spikes, v_T, rate, amap, slope
+    return spikes, v_T, rate, amap, slope, fired
 
 
 def backward(
@@ -118,7 +128,7 @@ def backward(
     g_v: Tensor | None,
     g_rate: Tensor | None,
     g_map: Tensor | None,
-    spikes: Tensor | None,
+    fired: Tensor | None,
     slope: Tensor,
     v0: Tensor,
     mask: Tensor | None,
@@ -127,13 +137,15 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v`` in ``slope``'s layout.
 
-    A gradient that is ``None`` counts as 0. ``spikes`` may be ``None`` unless the reset is hard or
+    A gradient that is ``None`` counts as 0. ``fired`` may be ``None`` unless the reset is hard or
     ``g_map`` is given.
     """
     if dtype == torch.float16 and not HAS_HALVES:
-        g_spikes, spikes = (None if t is None else t.to(torch.float32) for t in (g_spikes, spikes))
-        g_x, g_v0 = backward(g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, p, torch.float32)
+        g_spikes = None if g_spikes is None else g_spikes.to(torch.float32)
+        g_x, g_v0 = backward(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, p, torch.float32)
         return g_x.to(dtype), g_v0
+    if fired is None and (g_map is not None or p.reset == 2):
+        raise ValueError("fired must be given for a hard reset and for g_map, got None")
     T, step = slope.shape[0], slope[0]
     n = step.numel()
     g_x = advise_huge_pages(empty_sequence(slope, dtype))
@@ -143,7 +155,6 @@ def backward(
     if g_spikes is not None and (g_spikes.dtype != dtype or g_spikes[0].stride() != step.stride()):
         g_spikes = torch.empty_like(g_x).copy_(g_spikes)
     g_step = 0 if g_spikes is None else _row_step(g_spikes)
-    spikes = None if spikes is None else spikes.to(dtype)
     g_v, g_rate, g_map, v0, mask = (_flat(t, step) for t in (g_v, g_rate, g_map, v0, mask))
     extras = any(t is not None for t in (g_rate, g_map, mask)) or g_spikes is None
     code, attached = _code(p), not p.detach_reset
@@ -152,7 +163,7 @@ def backward(
     block = _block(EXTRAS_BLOCK if extras else BLOCK, n)
     _run(
         kernel, BACKWARD, n, T, backward_scratch(block, extras),
-        block, T, *_addresses(g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask),
+        block, T, *_addresses(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask),
         slope_of.ctypes.data, away_of.ctypes.data, *_addresses(g_x, g_v0), g_step, p.through_trace,
         p.leak, p.gain, p.v_threshold, p.peak / 255, p.v_reset - p.v_threshold, p.scale,
     )  # fmt: skip

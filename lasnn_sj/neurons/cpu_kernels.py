@@ -25,10 +25,31 @@ from numba import types
 from . import lanes
 from .dynamics import TRACE_DECAY
 from .lanes import (
-    LINE, WIDTH, address, at, bytes_, fetch, finish_streams, floats, ints, is_marked, load, looked_up, root,
-    select, sequence, store, stream, taken,
+    LINE,
+    WIDTH,
+    address,
+    at,
+    bits,
+    bytes_,
+    fetch,
+    finish_streams,
+    floats,
+    ints,
+    load,
+    load_bits,
+    looked_up,
+    root,
+    select,
+    sequence,
+    store,
+    store_bits,
+    stream,
+    taken,
 )  # fmt: skip
 
+SKEW = (
+    80  # between the rows of a block: a power of two apart, they would get in each other's way in the cache
+)
 AHEAD = 1024  # neurons from where they are asked for to where they are needed
 WINDOW = 64  # steps of the spike trace that the backward holds at a time
 MEMORY = 24  # steps after which a spike has left the trace: exp(-24) = 4e-11
@@ -36,7 +57,6 @@ MEMORY = 24  # steps after which a spike has left the trace: exp(-24) = 4e-11
 ZERO, ONE, HALF, BYTE = np.float32(0), np.float32(1), np.float32(0.5), np.float32(255)
 FOUR, EIGHT, EIGHTH = np.float32(4), np.float32(8), np.float32(0.125)
 DECAY = np.float32(TRACE_DECAY)
-DROPPED = np.float32(-0.0)
 # exp(-y) and, in powers of t^2, (4 / pi) * atan(t) / t on [0, 1]: relative errors 5e-6 and 2e-4
 E1, E2, E3, E4, E5 = np.array([-0.99999815, 0.49990605, -0.16589675, 0.03942258, -0.00555601], "f4")
 A0, A1, A2, A3 = np.array([1.27296395, -0.41473753, 0.19784118, -0.05627495], "f4")
@@ -56,11 +76,11 @@ def _record(integers: str, numbers: str) -> np.dtype:
 
 
 FORWARD = _record(
-    _COUNTERS + _TO_DO + "x v mask spikes v_T rate amap slope x_step",
+    _COUNTERS + _TO_DO + "x v mask spikes v_T rate amap slope fired x_step",
     "leak gain offset theta v_reset scale",
 )
 BACKWARD = _record(
-    _COUNTERS + _TO_DO + "g_spikes g_v g_rate g_map spikes slope v0 mask slope_of away_of g_x g_v0 g_step "
+    _COUNTERS + _TO_DO + "g_spikes g_v g_rate g_map fired slope v0 mask slope_of away_of g_x g_v0 g_step "
     "through_trace",
     "leak gain theta peak back scale",
 )
@@ -187,11 +207,11 @@ def charge(x, state, reset, leak, gain, offset, theta, v_reset):
 
 def forward_scratch(block: int, extras: bool) -> int:
     """Floats of a thread that runs :func:`forward_kernel`."""
-    return (5 if extras else 1) * block + 3 * WIDTH
+    return (5 if extras else 1) * (block + SKEW) + 3 * WIDTH
 
 
 @cache
-def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: bool) -> Callable:
+def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, streamed: bool) -> Callable:
     """Runs pieces of a layer, of a :data:`FORWARD` task.
 
     Row ``t`` of ``x`` begins at ``t * x_step``, of ``spikes`` and ``slope`` at ``t * n``. ``mask``,
@@ -203,6 +223,7 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: boo
         reset: paper, soft, hard.
         code: of :func:`slope_byte`, or :data:`NO_SLOPE`.
         extras: whether there is a mask, or a map is asked for.
+        marks: whether ``fired`` is written, a bit for each neuron and step.
         streamed: whether results go past the cache; then ``n`` is a multiple of :data:`WIDTH`.
     """
     lanes_source = _LANES
@@ -211,17 +232,24 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: boo
         lanes_source  # noqa: B018 - enclosed, as part of the cache's key
         task, counters = numba.carray(pointer, 1)[0], ints(address(pointer))
         x, spikes = sequence(task.x, kind), sequence(task.spikes, kind)
-        slope, v, v_T = bytes_(task.slope), floats(task.v), floats(task.v_T)
+        slope, fired, v, v_T = bytes_(task.slope), bits(task.fired), floats(task.v), floats(task.v_T)
         mask, rate, amap = floats(task.mask), floats(task.rate), floats(task.amap)
         n, piece, block, T, x_step = task.n, task.piece, task.block, task.T, task.x_step
+        groups = (n + WIDTH - 1) // WIDTH
         leak, gain, offset, theta = task.leak, task.gain, task.offset, task.theta
         v_reset, scale = task.v_reset, task.scale
         has_mask, has_rate, has_map = address(mask) != 0, address(rate) != 0, address(amap) != 0
         per_step = np.float32(T)
         state = floats(task.scratch + 4 * task.scratch_size * taken(at(counters, SEATS), 1))
-        total, mapped, trace = at(state, block), at(state, 2 * block), at(state, 3 * block)
-        masked = at(state, 4 * block)
-        spare = address(at(state, (5 if extras else 1) * block))
+        row = block + SKEW
+        total, mapped, trace, masked = (
+            at(state, row),
+            at(state, 2 * row),
+            at(state, 3 * row),
+            at(state, 4 * row),
+        )
+        spare = address(at(state, (5 if extras else 1) * row))
+        fill(floats(spare), ZERO, 3 * WIDTH)
         spare_x, spare_spikes = sequence(spare, kind), sequence(spare + LINE, kind)
         spare_slope = bytes_(spare + 2 * LINE)
         bad = 0
@@ -230,9 +258,10 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: boo
             stop = min(start + piece, n)
             for a in range(start, stop, block):
                 m = min(block, stop - a)
+                fill(state, ZERO, row)  # beyond the last neuron too: what is kept has no chance in it
                 copy(state, at(v, a), m)
                 if extras:
-                    fill(total, ZERO, 3 * block)
+                    fill(total, ZERO, 3 * row)
                     if has_mask:
                         copy(masked, at(mask, a), m)
                 for t in range(T):
@@ -249,6 +278,8 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: boo
                         )
                         if code != NO_SLOPE:
                             put(in_slope, slope_byte(abs(distance), code, scale), streamed)
+                        if marks:
+                            store_bits(at(fired, t * groups + (a + c) // WIDTH), fires)
                         o = select(fires, ONE, ZERO)
                         if extras:
                             if has_rate:
@@ -258,10 +289,7 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: boo
                                 store(at(mapped, c), load(at(mapped, c)) + before * o)
                                 store(at(trace, c), DECAY * (before + o))
                             if has_mask:
-                                # A spike that is dropped leaves -0.0: 0 for whoever reads it, and its
-                                # sign tells the backward that the neuron did fire.
-                                factor = load(at(masked, c))
-                                o = select(fires, select(factor != ZERO, factor, DROPPED), ZERO)
+                                o = select(fires, load(at(masked, c)), ZERO)
                         put(in_spikes, o, streamed)
                         if not is_whole:
                             copy(at(spikes, here), spare_spikes, m - c)
@@ -287,23 +315,19 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, streamed: boo
 
 
 @inlined
-def traces_before(spikes, window, trace, spare, block, count, n, t0, t1):
+def traces_before(fired, window, trace, row, count, groups, t0, t1):
     """Eq. 11's trace ``N[t]`` for ``t0 <= t < t1`` into the rows of ``window``.
 
     Its recursion cannot be run backwards without loss, so it is run forwards again from ``MEMORY``
     steps before, where what came earlier has decayed away.
     """
-    fill(trace, ZERO, block)
+    fill(trace, ZERO, row)
     for t in range(max(0, t0 - MEMORY), t1):
         for c in range(0, count, WIDTH):
-            row, before = at(spikes, t * n + c), load(at(trace, c))
-            fetch(at(row, n))
-            if c + WIDTH > count:
-                copy(spare, row, count - c)
-                row = spare
+            o, before = load_bits(at(fired, t * groups + c // WIDTH)), load(at(trace, c))
             if t >= t0:
-                store(at(window, (t - t0) * block + c), before)
-            store(at(trace, c), DECAY * (before + select(is_marked(row), ONE, ZERO)))
+                store(at(window, (t - t0) * row + c), before)
+            store(at(trace, c), DECAY * (before + select(o, ONE, ZERO)))
 
 
 @inlined
@@ -318,7 +342,7 @@ def adjoint(go, byte, fired, gv, reset, carry, reset_gain, attached, peak, back,
     later = load(gv)
     if reset != 2:
         return carry * later + (go - reset_gain * later) * (peak * load(byte))
-    o = select(is_marked(fired), ONE, ZERO)
+    o = select(load_bits(fired), ONE, ZERO)
     handed = carry * later
     if not attached:
         return (ONE - o) * handed + go * (peak * load(byte))
@@ -328,7 +352,7 @@ def adjoint(go, byte, fired, gv, reset, carry, reset_gain, attached, peak, back,
 
 def backward_scratch(block: int, extras: bool) -> int:
     """Floats of a thread that runs :func:`backward_kernel`."""
-    return (6 + WINDOW if extras else 1) * block + 4 * WIDTH
+    return (6 + WINDOW if extras else 1) * (block + SKEW) + 3 * WIDTH
 
 
 @cache
@@ -337,11 +361,11 @@ def backward_kernel(
 ) -> Callable:
     """Adjoint of :func:`forward_kernel`, of a :data:`BACKWARD` task.
 
-    ``g_spikes``, ``g_v``, ``g_rate``, ``g_map``, ``mask`` may be null, and ``spikes``, not 0 where one
-    fired, unless the reset is hard or ``g_map`` is there.
+    ``g_spikes``, ``g_v``, ``g_rate``, ``g_map``, ``mask`` may be null, and ``fired`` unless the reset is
+    hard or ``g_map`` is there.
 
     Args:
-        kind: of ``g_spikes``, ``spikes`` and ``g_x``, in :data:`~.lanes.KINDS`.
+        kind: of ``g_spikes`` and ``g_x``, in :data:`~.lanes.KINDS`.
         reset: paper, soft, hard.
         code: that ``slope`` was written with.
         attached: whether the gradient flows through the reset.
@@ -353,24 +377,25 @@ def backward_kernel(
     def backward(pointer):
         lanes_source  # noqa: B018 - enclosed, as part of the cache's key
         task, counters = numba.carray(pointer, 1)[0], ints(address(pointer))
-        g, spikes, g_x = sequence(task.g_spikes, kind), sequence(task.spikes, kind), sequence(task.g_x, kind)
+        g, g_x, fired = sequence(task.g_spikes, kind), sequence(task.g_x, kind), bits(task.fired)
         slope, v0, g_v0 = bytes_(task.slope), floats(task.v0), floats(task.g_v0)
         g_v, g_rate, g_map = floats(task.g_v), floats(task.g_rate), floats(task.g_map)
         mask, slope_of, away_of = floats(task.mask), floats(task.slope_of), floats(task.away_of)
         n, piece, block, T, g_step = task.n, task.piece, task.block, task.T, task.g_step
+        groups = (n + WIDTH - 1) // WIDTH
         leak, gain, theta = task.leak, task.gain, task.theta
         peak, back, scale = task.peak, task.back, task.scale
         has_g, has_mask = address(g) != 0, address(mask) != 0
         has_rate, has_map = address(g_rate) != 0, address(g_map) != 0
         through_trace = has_map and task.through_trace != 0
-        reads_spikes = reset == 2 or through_trace
         per_step = ONE / np.float32(T)
         gv = floats(task.scratch + 4 * task.scratch_size * taken(at(counters, SEATS), 1))
-        constant, mapped, R = at(gv, block), at(gv, 2 * block), at(gv, 3 * block)
-        trace, masked, window = at(gv, 4 * block), at(gv, 5 * block), at(gv, 6 * block)
-        spare = address(at(gv, (6 + WINDOW if extras else 1) * block))
+        row = block + SKEW
+        constant, mapped, R, trace = at(gv, row), at(gv, 2 * row), at(gv, 3 * row), at(gv, 4 * row)
+        masked, window = at(gv, 5 * row), at(gv, 6 * row)
+        spare = address(at(gv, (6 + WINDOW if extras else 1) * row))
         spare_g, spare_g_x = sequence(spare, kind), sequence(spare + LINE, kind)
-        spare_spikes, spare_slope = sequence(spare + 2 * LINE, kind), bytes_(spare + 3 * LINE)
+        spare_slope = bytes_(spare + 2 * LINE)
         start = taken(counters, piece)
         while start < n:
             stop = min(start + piece, n)
@@ -380,7 +405,7 @@ def backward_kernel(
                 if address(g_v) != 0:
                     copy(gv, at(g_v, a), m)
                 if extras:
-                    fill(constant, ZERO, 3 * block)
+                    fill(constant, ZERO, 3 * row)
                     if has_mask:
                         copy(masked, at(mask, a), m)
                     if has_rate:
@@ -394,9 +419,7 @@ def backward_kernel(
                     t0 = t - t % WINDOW
                     if extras:
                         if has_map and (k == 0 or t % WINDOW == WINDOW - 1):
-                            traces_before(
-                                at(spikes, a), window, trace, spare_spikes, block, m, n, t0, t + 1
-                            )
+                            traces_before(at(fired, a // WIDTH), window, trace, row, m, groups, t0, t + 1)
                     # The paper's state is the potential itself, so what arrives at the last one is its
                     # own gradient; the other resets hand on what is left after the reset.
                     carry = leak if k else ONE
@@ -406,22 +429,18 @@ def backward_kernel(
                     for c in range(0, m, WIDTH):
                         here, g_here = t * n + a + c, t * g_step + a + c
                         in_g, in_g_x, in_slope = at(g, g_here), at(g_x, here), at(slope, here)
-                        in_spikes = at(spikes, here)
+                        in_fired = at(fired, t * groups + (a + c) // WIDTH)
                         in_this_row = c + AHEAD < m  # or in the one before
                         ahead = AHEAD if in_this_row else AHEAD - m - n
                         fetch(at(in_g, AHEAD if in_this_row else AHEAD - m - g_step))
                         if c % LINE == 0:
                             fetch(at(in_slope, ahead))
-                        if reads_spikes:
-                            fetch(at(in_spikes, ahead))
                         is_whole = streamed or c + WIDTH <= m
                         if not is_whole:
                             copy(spare_slope, in_slope, m - c)
                             if has_g:
                                 copy(spare_g, in_g, m - c)
-                            if reads_spikes:
-                                copy(spare_spikes, in_spikes, m - c)
-                            in_g, in_g_x, in_slope, in_spikes = spare_g, spare_g_x, spare_slope, spare_spikes
+                            in_g, in_g_x, in_slope = spare_g, spare_g_x, spare_slope
                         if extras:
                             go = load(at(constant, c)) + load(at(R, c))
                             if has_g and has_mask:
@@ -430,14 +449,14 @@ def backward_kernel(
                                 go = go + load(in_g)
                             if has_map:
                                 # by its own spike, and by the trace of later ones
-                                go = go + load(at(mapped, c)) * load(at(window, (t - t0) * block + c))
+                                go = go + load(at(mapped, c)) * load(at(window, (t - t0) * row + c))
                                 if through_trace:
-                                    by_spike = select(is_marked(in_spikes), load(at(mapped, c)), ZERO)
+                                    by_spike = select(load_bits(in_fired), load(at(mapped, c)), ZERO)
                                     store(at(R, c), DECAY * (load(at(R, c)) + by_spike))
                         else:
                             go = load(in_g)
                         by_v = adjoint(
-                            go, in_slope, in_spikes, at(gv, c), reset, carry, reset_gain, attached, peak, back,
+                            go, in_slope, in_fired, at(gv, c), reset, carry, reset_gain, attached, peak, back,
                             slope_of, away_of,
                         )  # fmt: skip
                         store(at(gv, c), by_v)

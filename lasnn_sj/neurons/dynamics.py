@@ -72,6 +72,11 @@ class LoopParameters(NamedTuple):
     through_trace: bool
     keep_slope: bool = True
 
+    @property
+    def keep_fired(self) -> bool:
+        """Whether the backward asks which neurons fired: else the slope is enough."""
+        return self.keep_slope and (self.reset == 2 or self.activation_map)
+
 
 class LoopResult(NamedTuple):
     """What a run over time gives; the maps are ``None`` unless they were asked for.

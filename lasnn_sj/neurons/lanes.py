@@ -27,7 +27,7 @@ LINE = 64  # bytes of a cache line
 
 FLOATS, BYTES = types.CPointer(types.float32), types.CPointer(types.uint8)
 HALVES, BFLOATS = types.CPointer(types.int16), types.CPointer(types.uint16)
-INTS = types.CPointer(types.int64)
+INTS, BITS = types.CPointer(types.int64), types.CPointer(types.int16)
 KINDS = (FLOATS, HALVES, BFLOATS)  # how x, spikes and their gradients may be stored
 
 _BIT, _I8, _I16, _I32, _I64 = map(ir.IntType, (1, 8, 16, 32, 64))
@@ -127,7 +127,7 @@ def _pointer_to(kind: types.CPointer) -> Callable:
     return pointer
 
 
-floats, bytes_, ints = map(_pointer_to, (FLOATS, BYTES, INTS))  # from an address
+floats, bytes_, ints, bits = map(_pointer_to, (FLOATS, BYTES, INTS, BITS))  # from an address
 
 
 @intrinsic(prefer_literal=True)
@@ -174,15 +174,24 @@ def load(typing, pointer):
 
 
 @intrinsic
-def is_marked(typing, pointer):
-    """Which of sixteen stored numbers have any bit set: -0.0 has one."""
-    element = _I32 if pointer == FLOATS else _I16
+def load_bits(typing, pointer):
+    """Sixteen conditions, a bit each."""
 
     def build(context, builder, _, given):
-        bits = _read(builder, given[0], element)
-        return builder.icmp_unsigned("!=", bits, _vector(element)([0] * WIDTH))
+        return builder.bitcast(builder.load(given[0], align=2), _vector(_BIT))
 
-    return CONDITIONS(pointer), build
+    return CONDITIONS(BITS), build
+
+
+@intrinsic
+def store_bits(typing, pointer, conditions):
+    """Sixteen conditions, a bit each."""
+
+    def build(context, builder, _, given):
+        builder.store(builder.bitcast(given[1], _I16), given[0], align=2)
+        return context.get_dummy_value()
+
+    return types.void(BITS, CONDITIONS), build
 
 
 def _as_stored(builder, pointer, lanes):

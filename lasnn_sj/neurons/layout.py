@@ -28,3 +28,8 @@ def empty_sequence(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for ``x.shape``, every step laid out as a step of ``x``, without gaps."""
     step = x[0]
     return torch.empty_strided(x.shape, (step.numel(), *step.stride()), dtype=dtype, device=x.device)
+
+
+def empty_bits(x: Tensor) -> Tensor:
+    """Uninitialised memory for a bit of each element of ``x``, ``[T, words of 16 bits]``."""
+    return x.new_empty((x.shape[0], (x.shape[1:].numel() + 15) // 16), dtype=torch.int16)

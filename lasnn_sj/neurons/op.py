@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backends import choose, warn_once
 from .dynamics import Dynamics, LoopParameters, LoopResult, run
-from .layout import empty_sequence, is_time_major
+from .layout import empty_bits, empty_sequence, is_time_major
 from .surrogate import kernel_form
 
 RESETS = ("paper", "soft", "hard")
@@ -87,7 +87,7 @@ def time_loop(
         keep_slope=wants_gradient,
     )
     x = x if is_time_major(x) else x.contiguous()
-    spikes, v, rate, amap, _ = _time_loop(x, v, mask, [float(value) for value in parameters])
+    spikes, v, rate, amap, _, _ = _time_loop(x, v, mask, [float(value) for value in parameters])
     return LoopResult(spikes, v, rate if firing_rate else None, amap if activation_map else None)
 
 
@@ -132,13 +132,14 @@ _library = torch.library.Library("lasnn_sj", "IMPL")
 @_operation("time_loop")
 def _time_loop(
     x: Tensor, v: Tensor, mask: Tensor | None, parameters: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(spikes, v, firing_rate, activation_map, slope)``; what was not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(spikes, v, firing_rate, activation_map, slope, fired)``; what was not asked for is empty."""
     if not is_time_major(x):
         raise ValueError(f"x must be laid out time-major without gaps, got strides {x.stride()}")
     p = _unpack(parameters)
-    outputs = _kernels(x.device).forward(x, v, mask, p)
-    return tuple(x.new_empty(0) if output is None else output for output in outputs)
+    spikes, v_T, rate, amap, slope, *fired = _kernels(x.device).forward(x, v, mask, p)
+    rate, amap = (x.new_empty(0) if t is None else t for t in (rate, amap))
+    return spikes, v_T, rate, amap, slope, fired[0] if fired else empty_bits(x[:0])
 
 
 @_time_loop.register_fake
@@ -151,6 +152,7 @@ def _(x, v, mask, parameters):
         torch.empty_like(step) if p.firing_rate else x.new_empty(0),
         torch.empty_like(step) if p.activation_map else x.new_empty(0),
         empty_sequence(x, torch.uint8) if p.keep_slope else x.new_empty(0, dtype=torch.uint8),
+        empty_bits(x if p.keep_fired and x.device.type == "cpu" else x[:0]),
     )
 
 
@@ -160,37 +162,42 @@ def _time_loop_backward(
     g_v: Tensor | None,
     g_rate: Tensor | None,
     g_map: Tensor | None,
-    spikes: Tensor | None,
+    fired: Tensor | None,
     slope: Tensor,
     v0: Tensor,
     mask: Tensor | None,
     parameters: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` (in ``dtype``) and of the first state (float32)."""
+    """Gradients of ``x`` (in ``dtype``) and of the first state (float32).
+
+    ``fired`` is the forward's own, or the spikes where its kernels mark them.
+    """
     return _kernels(slope.device).backward(
-        g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, _unpack(parameters), dtype
+        g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, _unpack(parameters), dtype
     )
 
 
 @_time_loop_backward.register_fake
-def _(g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, parameters, dtype):
+def _(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, parameters, dtype):
     g_x = torch.empty_strided(slope.shape, slope.stride(), dtype=dtype, device=slope.device)
     return g_x, torch.empty_like(slope[0], dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, v, mask, ctx.parameters = inputs
-    spikes, _, _, _, slope = output
+    spikes, _, _, _, slope, fired = output
     p = _unpack(ctx.parameters)
-    # Whether a neuron fired is needed by a hard reset and by the map only; else the slope is enough.
-    spikes = spikes if p.reset == RESETS.index("hard") or p.activation_map else None
-    ctx.save_for_backward(spikes, slope, v, mask)
+    if not p.keep_fired:
+        fired = None
+    elif fired.numel() == 0:  # the CUDA kernels see it in the spikes
+        fired = spikes
+    ctx.save_for_backward(fired, slope, v, mask)
     ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g_spikes, g_v, g_rate, g_map, _):
+def _backward(ctx, g_spikes, g_v, g_rate, g_map, *_):
     p = _unpack(ctx.parameters)
     g_rate = g_rate if p.firing_rate else None
     g_map = g_map if p.activation_map else None
