@@ -242,12 +242,8 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
         per_step = np.float32(T)
         state = floats(task.scratch + 4 * task.scratch_size * taken(at(counters, SEATS), 1))
         row = block + SKEW
-        total, mapped, trace, masked = (
-            at(state, row),
-            at(state, 2 * row),
-            at(state, 3 * row),
-            at(state, 4 * row),
-        )
+        total, mapped = at(state, row), at(state, 2 * row)
+        trace, masked = at(state, 3 * row), at(state, 4 * row)
         spare = address(at(state, (5 if extras else 1) * row))
         fill(floats(spare), ZERO, 3 * WIDTH)
         spare_x, spare_spikes = sequence(spare, kind), sequence(spare + LINE, kind)
