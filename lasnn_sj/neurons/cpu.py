@@ -17,7 +17,7 @@ from .cpu_kernels import (
     decoded,
     forward_kernel,
     forward_scratch,
-)  # fmt: skip
+)
 from .dynamics import LoopParameters
 from .lanes import HAS_HALVES, WIDTH
 from .layout import empty_bits, empty_sequence

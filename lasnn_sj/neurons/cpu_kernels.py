@@ -45,11 +45,10 @@ from .lanes import (
     store_bits,
     stream,
     taken,
-)  # fmt: skip
-
-SKEW = (
-    80  # between the rows of a block: a power of two apart, they would get in each other's way in the cache
 )
+
+# Between the rows of a block: a power of two apart, they would get in each other's way in the cache.
+SKEW = 80
 AHEAD = 1024  # neurons from where they are asked for to where they are needed
 WINDOW = 64  # steps of the spike trace that the backward holds at a time
 MEMORY = 24  # steps after which a spike has left the trace: exp(-24) = 4e-11
