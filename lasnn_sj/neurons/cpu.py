@@ -27,7 +27,7 @@ from .threads import run
 BLOCK = 65536  # neurons that run together: their state fits the second-level cache
 EXTRAS_BLOCK = 1024  # the same with a mask or maps, which take up to 70 values a neuron
 LINE = 64  # neurons whose slope bytes fill a cache line: no two threads write into one
-SERIAL = 1 << 15  # neuron-steps below which handing out work costs more than it saves
+SERIAL = 1 << 17  # neuron-steps below which handing out work costs more than it saves
 STREAM = 4 << 20  # bytes of a result above which it would not stay in the cache until it is read
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # in lanes.KINDS
 

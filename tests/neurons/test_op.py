@@ -428,6 +428,7 @@ def test_under_autocast_the_neuron_takes_and_gives_bfloat16():
 def test_same_result_on_any_number_of_threads_and_from_several_at_once(openmp, monkeypatch):
     torch.manual_seed(0)
     x, v = torch.randn(20, 9001), torch.zeros(9001)
+    assert x.numel() > cpu.SERIAL
 
     def spikes():
         return time_loop(x, v, Dynamics(), LinearSurrogate()).spikes
@@ -472,8 +473,8 @@ class SpikingDataset(torch.utils.data.Dataset):
         return 2
 
     def __getitem__(self, index):
-        x = torch.full((20, 5000), 0.3 + index)
-        return time_loop(x, torch.zeros(5000), Dynamics(), LinearSurrogate()).spikes.mean()
+        x = torch.full((20, 9001), 0.3 + index)
+        return time_loop(x, torch.zeros(9001), Dynamics(), LinearSurrogate()).spikes.mean()
 
 
 def test_runs_in_a_forked_data_loader_worker():
