@@ -18,7 +18,7 @@ def is_gapless(t: Tensor) -> bool:
 
 def is_time_major(x: Tensor) -> bool:
     """Whether each step ``x[t]`` is gapless and the steps follow each other or are all the same."""
-    if x.numel() == 0:
+    if x.is_contiguous() or x.numel() == 0:
         return True
     far_enough = x.shape[0] == 1 or x.stride(0) == 0 or x.stride(0) >= x[0].numel()
     return far_enough and is_gapless(x[0])
