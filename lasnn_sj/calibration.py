@@ -55,6 +55,7 @@ class CalibratedSNN(nn.Module):
         super().__init__()
         self.body = _spiking(ann)
         self.readout = IntegratorNode(step_mode="m")
+        self.eval()
 
     @property
     def neurons(self) -> dict[str, CalibratedNeuron]:

@@ -104,6 +104,13 @@ def test_the_ann_is_left_alone(images):
     assert not any(module._forward_hooks for module in ann.modules())
 
 
+def test_evaluation_leaves_the_network_in_evaluation_mode(images):
+    """Training mode would let every forward move batch norm's statistics."""
+    snn = calibrate(with_batch_norm(), images, DirectEncoder(2))
+    evaluate(snn, [(images, torch.zeros(32, dtype=torch.long))], DirectEncoder(2))
+    assert not any(module.training for module in snn.modules())
+
+
 def test_what_cannot_be_converted_is_named(images):
     pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(2))
     with pytest.raises(ConversionError, match="layer '2' .MaxPool2d. takes a maximum"):
