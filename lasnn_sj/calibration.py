@@ -122,8 +122,9 @@ def _threshold(activation: Tensor, T: int) -> float:
     """The threshold for which a rate over ``T`` steps is nearest to the activation, of 100 that are tried."""
     peak = activation.amax().item()
     values = activation.flatten()
-    if len(values) > SAMPLE:  # enough to tell, and as many of each image
-        values = values[:: len(values) // SAMPLE]
+    if len(values) > SAMPLE:  # drawn: equal steps would see a few columns of a map only
+        chosen = torch.randint(len(values), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        values = values[chosen.to(values.device)]
 
     def error(threshold: float) -> float:
         rate = (values * (T / threshold)).round().clamp(max=T) * (threshold / T)

@@ -75,6 +75,13 @@ def test_threshold_by_hand():
     assert _threshold(torch.full((10,), 0.5), T=1) == pytest.approx(0.5)
 
 
+def test_a_large_layer_is_sampled_all_over():
+    """One step; 0.5 but for the first column, of which every 64th activation is, and which is 1."""
+    activation = torch.full((256, 8, 64, 64), 0.5)
+    activation[..., 0] = 1.0
+    assert _threshold(activation, T=1) == pytest.approx(0.5, abs=0.05)
+
+
 def test_time_may_come_in_pieces(images):
     snn = calibrate(with_batch_norm(), images, DirectEncoder(6))
     loader = DataLoader(TensorDataset(images, torch.zeros(32, dtype=torch.long)), 8)
