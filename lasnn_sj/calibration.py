@@ -95,7 +95,7 @@ def calibrate(
 
     Raises:
         ConversionError: max pooling, another nonlinearity, a ReLU module in two places or none, a ReLU
-            that no image activates.
+            that runs twice or that no image activates.
     """
     snn = CalibratedSNN(ann)
     wanted = _activations(ann, images)
@@ -150,9 +150,17 @@ def _activations(ann: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """What each ReLU gives, by name, in the order in which they run."""
     seen: dict[str, Tensor] = {}
     training = ann.training
+
+    def watch(name: str, output: Tensor) -> None:
+        if name in seen:
+            raise ConversionError(
+                f"layer '{name}' (ReLU) runs more than once in a forward pass: neurons keep the state of one "
+                f"layer, so give each use an nn.ReLU of its own"
+            )
+        seen[name] = output.clone()  # a later layer may work in place
+
     hooks = [
-        # a copy: a later layer may work in place
-        module.register_forward_hook(lambda _, args, output, name=name: seen.update({name: output.clone()}))
+        module.register_forward_hook(lambda _, args, output, name=name: watch(name, output))
         for name, module in ann.named_modules()
         if isinstance(module, nn.ReLU)
     ]

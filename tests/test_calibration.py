@@ -118,6 +118,25 @@ def test_evaluation_leaves_the_network_in_evaluation_mode(images):
     assert not any(module.training for module in snn.modules())
 
 
+class OneReLU(nn.Module):
+    """Two layers share the module, as in torchvision's residual blocks; it has one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.second(self.relu(self.first(x)))).mean((2, 3))
+
+
+def test_a_relu_that_runs_twice_is_refused(images):
+    """Its neurons would go on with the potentials of the other layer."""
+    net = OneReLU()
+    with pytest.raises(ConversionError, match="layer 'relu' .ReLU. runs more than once"):
+        calibrate(net, images, DirectEncoder(4))
+    assert not net.relu._forward_hooks
+
+
 def test_what_cannot_be_converted_is_named(images):
     pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(2))
     with pytest.raises(ConversionError, match="layer '2' .MaxPool2d. takes a maximum"):
