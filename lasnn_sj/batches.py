@@ -123,19 +123,14 @@ class _Order:
         return math.floor(mine) if loader.drop_last else math.ceil(mine)
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._share() if self._shares else self._loader.batch_sampler
-        for position, indices in enumerate(batches):
-            if position < self._skip:
-                continue
-            self._say_arrived()
+        batches = iter(self._share() if self._shares else self._loader.batch_sampler)
+        for _ in itertools.islice(batches, self._skip):
+            pass
+        if self._arrive is not None:
+            self._arrive()
+        for indices in batches:
             self.given.append(list(indices))
             yield indices
-        self._say_arrived()
-
-    def _say_arrived(self) -> None:
-        if self._arrive is not None:
-            arrive, self._arrive = self._arrive, None
-            arrive()
 
     @property
     def _shares(self) -> bool:
@@ -150,6 +145,14 @@ class _Order:
         even = math.ceil(len(order) / processes) * processes
         mine = list(itertools.islice(itertools.cycle(order), even))[rank::processes]
         return iter(BatchSampler(mine, loader.batch_size, loader.drop_last))
+
+
+def generator_owners(*loaders: Iterable | None) -> list[object]:
+    """Loaders, and those of their parts that may have a random generator of their own."""
+    owners: list[object] = list(loaders)
+    for name in ("sampler", "batch_sampler", "dataset"):
+        owners += [getattr(loader, name, None) for loader in loaders]
+    return owners + [getattr(owner, "sampler", None) for owner in owners]
 
 
 def evaluation_share(loader: Iterable) -> Iterable:

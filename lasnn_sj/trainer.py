@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import distributed, inspection, nonfinite, objectives, taps
-from .batches import Batch, TrainingBatches
+from .batches import Batch, TrainingBatches, generator_owners
 from .callbacks import Callback, TensorBoard, show_inspection
 from .distillation import Distillation
 from .evaluation import check_batch, check_labels, device_of, evaluate
@@ -216,9 +216,7 @@ class LaSNNTrainer:
             SystemExit, KeyboardInterrupt: after SIGTERM or SIGINT, once a checkpoint is written.
         """
         batches = TrainingBatches(train_loader)
-        loaders = [train_loader, val_loader]
-        samplers = [getattr(loader, "sampler", None) for loader in loaders]
-        self._progress.use_generators([self.encoder, *loaders, *samplers])
+        self._progress.use_generators([self.encoder, *generator_owners(train_loader, val_loader)])
         if self.run_dir is not None:
             self._folder = RunFolder(self.run_dir, self.checkpoint_every)
             self._folder.check_settings(self.settings())

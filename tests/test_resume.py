@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lasnn_sj import Callback
 from lasnn_sj.checkpoint import CheckpointError
@@ -220,3 +221,56 @@ def test_callbacks_are_told():
     make_trainer(None, callbacks=[told]).fit(make_loader(8), epochs=2)
     step = [("step", n, ["attention", "ce"]) for n in range(1, 5)]
     assert told.calls == [("start", 0, 0), *step[:2], ("epoch", 1), *step[2:], ("epoch", 2), ("end",)]
+
+
+class Drawn(torch.utils.data.Sampler):
+    """Draws an index at a time from the global generator, as samplers of balanced classes do."""
+
+    def __len__(self):
+        return 44
+
+    def __iter__(self):
+        return (int(torch.randint(44, ())) for _ in range(44))
+
+
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("kind", ["drawn one by one", "with replacement", "batch sampler", "data set"])
+def test_the_order_of_any_sampler_is_taken_up_again(tmp_path, kind):
+    """Within an epoch, and right after one, where only a generator's own state says how it goes on."""
+
+    def loader():
+        dataset = make_loader().dataset
+        if kind == "drawn one by one":
+            return DataLoader(dataset, 4, sampler=Drawn())
+        if kind == "with replacement":  # draws 32 indices at a time
+            return DataLoader(dataset, 4, sampler=RandomSampler(dataset, True, 44, generator()))
+        if kind == "batch sampler":
+            order = RandomSampler(dataset, generator=generator())
+            return DataLoader(dataset, batch_sampler=BatchSampler(order, 4, False))
+        return DataLoader(Noisy(dataset), 4, shuffle=True)
+
+    make_trainer(tmp_path / "alone").fit(loader(), epochs=EPOCHS)
+    for step in [9, STEPS + 1, STEPS + 9, None]:
+        trainer = make_trainer(tmp_path / "cut", checkpoint_every=1, callbacks=[StopAt(step)])
+        try:
+            trainer.fit(loader(), epochs=EPOCHS)
+        except Stop:
+            assert step is not None
+    assert (tmp_path / "cut" / "steps.csv").read_text() == (tmp_path / "alone" / "steps.csv").read_text()
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Noise from a generator of the data set's own."""
+
+    def __init__(self, dataset):
+        self.dataset, self.generator = dataset, generator()
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return (image + 0.1 * torch.randn(image.shape, generator=self.generator)).clamp(-1, 1), label
