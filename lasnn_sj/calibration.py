@@ -13,6 +13,7 @@ from .conversion import ConversionError, check_convertible
 from .neurons import IFNode, IntegratorNode
 
 SAMPLE = 1 << 17  # activations that a threshold is chosen by
+CHUNK = 4  # time steps in memory at once
 
 
 class CalibratedNeuron(nn.Module):
@@ -113,7 +114,7 @@ def calibrate(
     if correct:
         with torch.no_grad():
             for name, neuron in tqdm(neurons.items(), desc="calibrating", unit="layer", disable=not progress):
-                neuron.bias += _channel_mean(wanted[name]) - _spiking_mean(snn, neuron, encoder(images))
+                neuron.bias += _channel_mean(wanted[name]) - _spiking_mean(snn, neuron, encoder, images)
     functional.reset_net(snn)
     return snn
 
@@ -178,17 +179,24 @@ class _Stop(Exception):
     """Ends a forward pass behind the neurons whose output was wanted."""
 
 
-def _spiking_mean(snn: CalibratedSNN, neuron: CalibratedNeuron, x: Tensor) -> Tensor:
+def _spiking_mean(snn: CalibratedSNN, neuron: CalibratedNeuron, encoder: nn.Module, images: Tensor) -> Tensor:
     def watch(module: nn.Module, args: tuple, output: Tensor) -> None:
         raise _Stop(_channel_mean(output))
 
+    total = 0.0
     functional.reset_net(snn)
     with neuron.register_forward_hook(watch):
-        try:
-            snn(x)
-        except _Stop as stop:
-            return stop.args[0]
-    raise ConversionError("a ReLU of the network ran for the ANN, but its neurons did not for the SNN")
+        for start in range(0, encoder.T, CHUNK):
+            piece = encoder.steps(images, min(CHUNK, encoder.T - start))
+            try:
+                snn(piece)
+            except _Stop as stop:
+                total += stop.args[0] * (len(piece) / encoder.T)
+            else:
+                raise ConversionError(
+                    "a ReLU of the network ran for the ANN, but its neurons did not for the SNN"
+                )
+    return total
 
 
 def _channel_mean(activation: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lasnn_sj import DirectEncoder, models
+from lasnn_sj import DirectEncoder, calibration, models
 from lasnn_sj.calibration import CalibratedNeuron, _threshold, calibrate
 from lasnn_sj.conversion import ConversionError
 from lasnn_sj.evaluation import evaluate
@@ -87,6 +87,19 @@ def test_time_may_come_in_pieces(images):
     loader = DataLoader(TensorDataset(images, torch.zeros(32, dtype=torch.long)), 8)
     whole = evaluate(snn, loader, DirectEncoder(6))
     assert evaluate(snn, loader, DirectEncoder(6), chunk=4) == pytest.approx(whole)
+
+
+def test_memory_does_not_grow_with_the_steps(images, monkeypatch):
+    """What a layer is given at once is a few steps; the biases are those of all steps at once."""
+    ann, seen = with_batch_norm(), []
+    ann[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    pieces = calibrate(ann, images, DirectEncoder(10))
+    assert max(seen) == calibration.CHUNK * len(images) < 10 * len(images)
+    monkeypatch.setattr(calibration, "CHUNK", 10)
+    whole = calibrate(ann, images, DirectEncoder(10))
+    assert max(seen) == 10 * len(images)
+    for name, neuron in pieces.neurons.items():
+        torch.testing.assert_close(neuron.bias, whole.neurons[name].bias)
 
 
 def test_shortcuts_and_own_statistics_are_kept(images):
