@@ -283,6 +283,22 @@ def test_trainers_of_their_own_are_compared(tmp_path, undrawn):
     assert page.table("Settings")["seed ≠"] == {"a": "0", "b": "1"}
 
 
+def test_runs_of_every_kind_in_one_folder_are_all_shown(tmp_path, undrawn):
+    write(tmp_path / "plain" / "settings.json", {"seed": 0})
+    write(tmp_path / "plain" / "result.json", {"top1": 50.0})
+    write(tmp_path / "stages" / "recipe.json", {"seed": 0, "T": 4})
+    write(tmp_path / "stages" / "lasnn" / "result.json", {"top1": 60.0})
+    write(tmp_path / "seeds" / "config.yaml", "method: reverse\n")
+    write(tmp_path / "seeds" / "seed0" / "recipe.json", {"seed": 0, "lr": 0.1})
+    write(tmp_path / "seeds" / "seed0" / "alone" / "result.json", {"top1": 70.0})
+    page = Page(report(tmp_path))
+    found = {name: row["top-1 %"] for name, row in page.table("Results on the test data").items()}
+    assert found == {
+        f"plain ({tmp_path.name})": "50.00", "LaSNN (stages)": "60.00", "student alone (seed0)": "70.00",
+    }  # fmt: skip
+    assert "method: reverse" in page.text
+
+
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):
     write(tmp_path / "recipe.json", {"student": "spiking_resnet18", "seed": 0})
     for row, top1 in (("default", 40.0), ("sparse_0.5", 38.0), ("alone", 39.0), ("sparse_0", 37.5)):

@@ -97,6 +97,8 @@ class Run:
 def read(folders: Iterable[str | Path]) -> list[Run]:
     """Every run in the folders: a folder of one training, of stages or rows, or of several such runs.
 
+    Runs are sought two folders deep, as the command line lays them out: ``runs/NAME/seed0``.
+
     Raises:
         NotADirectoryError: a path that is no folder.
     """
@@ -105,12 +107,9 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise NotADirectoryError(f"{path} {what}; a report is made of run folders")
-        inside = [path]
-        if not _has_parts(path):
-            inside = [sub for sub in _folders(path) if _has_parts(sub)] or [path]
-        above = _text(path / "config.yaml", [])
-        for folder in inside:
+        for folder in _runs_in(path) or [path]:
             if folder.resolve() not in [run.path.resolve() for run in runs]:
+                above = None if folder == path else _text(folder.parent / "config.yaml", [])
                 runs.append(_read_run(folder, above))
     names = _short_names([run.path for run in runs])
     for run, name in zip(runs, names):
@@ -343,8 +342,14 @@ def _is_empty(path: Path) -> bool:
     return not any(path.iterdir())
 
 
-def _has_parts(path: Path) -> bool:
-    return _is_part(path) or (path / "recipe.json").exists() or any(map(_is_part, _folders(path)))
+def _runs_in(path: Path, below: int = 2) -> list[Path]:
+    """The folder itself if it is a run, else the runs in it; trainings side by side are one run."""
+    if _is_part(path) or (path / "recipe.json").exists():
+        return [path]
+    inside = _folders(path)
+    found = [path] if any(map(_is_part, inside)) else []
+    deeper = [sub for sub in inside if below and not _is_part(sub)]
+    return found + [run for sub in deeper for run in _runs_in(sub, below - 1)]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
