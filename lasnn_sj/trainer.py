@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -231,9 +231,15 @@ class LaSNNTrainer:
             disable=None if distributed.is_main() else True,
         )  # fmt: skip
         stop = StopRequest()
-        try:
+        with ExitStack() as ending:
+            before = self._progress.random_state()  # what callbacks draw now a resumed run would draw again
             for callback in told:
                 callback.on_fit_start(self)
+                ending.callback(callback.on_fit_end)
+            self._progress.set_random_state(before)
+            if self._folder is not None:
+                ending.callback(self._folder.close)
+            ending.callback(self._step.close)
             with bar, logging_redirect_tqdm(), stop if self._folder is not None else nullcontext():
                 for epoch in range(len(self.history) + 1, epochs + 1):
                     bar.set_description(f"epoch {epoch}/{epochs}")
@@ -242,12 +248,8 @@ class LaSNNTrainer:
                         result = self.evaluate(val_loader)
                         row |= {f"val_{name}": result[name] for name in ("loss", "top1")}
                     self._finish_epoch(row, told)
-        finally:
-            self._step.close()
-            if self._folder is not None:
-                self._folder.close()
-            for callback in told:
-                callback.on_fit_end()
+            if distributed.any_of([stop.signal is not None], self.device)[0]:
+                stop.leave()
         return self.history
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:

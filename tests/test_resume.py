@@ -115,6 +115,20 @@ def test_signals_finish_the_step_save_and_leave(tmp_path, alone, caplog, number,
     assert same(weights_of(trainer), alone(0)[0])
 
 
+def test_a_signal_behind_the_last_step_is_not_forgotten(tmp_path):
+    """It comes as the last epoch is validated: that is finished and saved, and fit does not return."""
+
+    class Interrupt(Callback):
+        def on_epoch(self, row):
+            if row["epoch"] == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[Interrupt()]).fit(make_loader(), make_loader(8), epochs=2)
+    assert (tmp_path / "checkpoints" / f"{2 * STEPS:08d}").is_dir()
+    assert len(rows(tmp_path / "metrics.csv")) == 2
+
+
 def test_the_same_trainer_goes_on_after_an_interrupt(tmp_path, alone):
     """As in a notebook: the loader and the trainer are still there, somewhere within an epoch."""
     stop = StopAt(16, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -274,3 +288,31 @@ class Noisy(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image, label = self.dataset[index]
         return (image + 0.1 * torch.randn(image.shape, generator=self.generator)).clamp(-1, 1), label
+
+
+def test_what_a_callback_draws_as_training_begins_changes_nothing(tmp_path, alone):
+    class Draws(Callback):
+        def on_fit_start(self, trainer):
+            torch.rand(5)
+
+    for step in (STEPS + 1, None):  # the first one ends right after a checkpoint between epochs
+        trainer = make_trainer(tmp_path, checkpoint_every=1, callbacks=[Draws(), StopAt(step)])
+        try:
+            trainer.fit(make_loader(), make_loader(8), epochs=EPOCHS)
+        except Stop:
+            assert step is not None
+    assert same(weights_of(trainer), alone(0)[0])
+
+
+def test_an_error_as_training_begins_is_not_hidden(tmp_path):
+    """Nor are they told of an end who were not told of the beginning."""
+
+    class Fails(Callback):
+        def on_fit_start(self, trainer):
+            raise LookupError("no such project")
+
+    first, last = Told(), Told()
+    with pytest.raises(LookupError, match="no such project"):
+        make_trainer(tmp_path, callbacks=[first, Fails(), last]).fit(make_loader(), epochs=1)
+    assert first.calls == [("start", 0, 0), ("end",)]
+    assert last.calls == []
