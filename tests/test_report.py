@@ -299,6 +299,16 @@ def test_runs_of_every_kind_in_one_folder_are_all_shown(tmp_path, undrawn):
     assert "method: reverse" in page.text
 
 
+def test_trainings_with_other_settings_are_not_taken_for_seeds(tmp_path, undrawn):
+    for name, alpha, seed, top1 in (("a", 0.1, 0, 40.0), ("b", 0.9, 0, 60.0), ("c", 0.9, 1, 62.0)):
+        write(tmp_path / name / "lasnn" / "settings.json", {"alpha": alpha, "seed": seed})
+        write(tmp_path / name / "lasnn" / "result.json", {"top1": top1})
+    table = Page(report(tmp_path)).table("Results on the test data")
+    assert {name: row["top-1 %"] for name, row in table.items()} == {
+        "LaSNN (a)": "40.00", "LaSNN (b, c)": "61.00 ± 1.41",
+    }  # fmt: skip
+
+
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):
     write(tmp_path / "recipe.json", {"student": "spiking_resnet18", "seed": 0})
     for row, top1 in (("default", 40.0), ("sparse_0.5", 38.0), ("alone", 39.0), ("sparse_0", 37.5)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,14 +55,17 @@ class Series:
 
 
 def series_of(runs: Sequence[Run]) -> list[Series]:
-    """The runs' parts by kind; seeds of one recipe go together, different recipes do not."""
-    recipes: dict[str, list[Run]] = {}
+    """The runs' parts by kind; seeds of one recipe go together, what differs otherwise does not."""
+    recipes: list[list[Run]] = []
     for run in runs:
-        recipe = {key: value for key, value in run.recipe.items() if key != "seed"}
-        recipes.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
+        alike = next((members for members in recipes if all(_alike(run, other) for other in members)), None)
+        if alike is None:
+            recipes.append([run])
+        else:
+            alike.append(run)
     found: dict[tuple[str, int], Series] = {}
     kinds = list(dict.fromkeys(part.kind for run in runs for part in run.parts))
-    for variant, members in enumerate(recipes.values()):
+    for variant, members in enumerate(recipes):
         of = ", ".join(run.name for run in members)
         for run in members:
             for part in run.parts:
@@ -76,6 +78,16 @@ def series_of(runs: Sequence[Run]) -> list[Series]:
                 found.setdefault((part.kind, variant), series).parts.append((run, part))
     order = [part.kind for run in runs for part in run.parts]
     return sorted(found.values(), key=lambda series: _place(series, runs, order))
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Whether two runs differ by their seeds alone, as far as both have settings."""
+    there = {part.kind: part.settings for part in other.parts if part.settings}
+    pairs = [(part.settings, there[part.kind]) for part in run.parts if part.settings and part.kind in there]
+    return all(
+        {**mine, "seed": None} == {**theirs, "seed": None}
+        for mine, theirs in [(run.recipe, other.recipe), *pairs]
+    )
 
 
 def _place(series: Series, runs: Sequence[Run], order: Sequence[str]) -> int:
