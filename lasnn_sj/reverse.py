@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from . import checkpoint, distributed, inspection, models
 from .checkpoint import check_settings
 from .cost import Cost
+from .encoding import PoissonEncoder
 from .evaluation import evaluate
 from .neurons import accelerate
 from .objectives import CrossEntropy, DefaultKD, Objective, SparseKD
@@ -69,7 +70,7 @@ class Recipe:
         default_temperature: of the virtual teacher's softening.
         default_alpha: weight of teacher-default KD's distillation, in [0, 1].
         default_soften: ``"probability"`` or ``"log"``, what of the virtual teacher is softened.
-        seed: of weights and order of the samples; the same for every row.
+        seed: of weights, order of the samples and random codes; the same for every row.
         workers: processes that load samples.
     """
 
@@ -104,7 +105,8 @@ class Study:
         data: images or event frames.
         run_dir: each row has a folder here with its checkpoints, curves and ``result.json``; a row whose
             result is there is not run again, a row that was cut off goes on.
-        encoder: gives images their time axis; ``None`` for event frames.
+        encoder: gives images their time axis; ``None`` for event frames. A generator that it has is seeded
+            with the recipe's seed before each row.
         device: where to run.
 
     Raises:
@@ -206,6 +208,9 @@ class Study:
 
     def _build(self) -> nn.Module:
         checkpoint.seed_everything(self.recipe.seed)
+        for module in self.encoder.modules() if self.encoder is not None else ():
+            if isinstance(module, PoissonEncoder) and module.generator is not None:
+                module.generator.manual_seed(self.recipe.seed)  # or a row would go on where another ended
         build = getattr(models, self.recipe.student)
         d = self.data
         net = build(d.num_classes, d.in_channels, d.image_size, self.recipe.width)

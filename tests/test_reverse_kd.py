@@ -1,6 +1,7 @@
 """Objectives of reverse distillation: numbers by hand, limits, the published formula, and training."""
 
 import copy
+import dataclasses
 import math
 import runpy
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.data import DataLoader, TensorDataset
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, models, reverse
+from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models, reverse
 from lasnn_sj.objectives import DefaultKD, LabelKD, Signals, SparseKD, default_kd, sparse_kd
 from lasnn_sj.pruning import prune_magnitude, sparsity
 
@@ -357,6 +358,22 @@ def test_a_row_that_was_cut_off_goes_on_to_the_same_result(tmp_path, monkeypatch
         assert resumed[row]["loss"] == result["loss"]
         files = [tmp_path / folder / row.replace(" ", "_") / "metrics.csv" for folder in ("whole", "cut")]
         assert [len(file.read_text().splitlines()) for file in files] == [3, 3]
+
+
+def test_a_row_does_not_depend_on_the_rows_before_it(tmp_path):
+    """An encoder's generator goes on from row to row; those that are there already do not draw from it."""
+
+    def study(folder, recipe=RECIPE):
+        return reverse.Study(
+            recipe, Pictures(), tmp_path / folder, PoissonEncoder(2, torch.Generator().manual_seed(7))
+        )
+
+    whole = study("whole").run()
+    study("rows", dataclasses.replace(RECIPE, ratios=(0.5,), default=False)).run()
+    rows = study("rows").run()
+    for row, result in whole.items():
+        assert rows[row]["loss"] == result["loss"]
+        assert rows[row].get("teacher_top1") == result.get("teacher_top1")
 
 
 def test_a_study_folder_of_another_recipe_is_refused(tmp_path):
