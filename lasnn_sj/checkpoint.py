@@ -60,7 +60,7 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
             f"scheduler must keep numbers, strings, tensors, dicts, lists and tuples in their state_dict"
         ) from error
     # Bytes first: the writers of both formats hide the system's error.
-    own = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    own = {name: unshared(tensor) for name, tensor in weights.items()}
     files = {_WEIGHTS: safetensors.torch.save(own), _STATE: buffer.getvalue()}
     sums = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
@@ -68,7 +68,7 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
     files[_MANIFEST] = json.dumps({"format": FORMAT, "files": sums}, indent=1).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*"):  # of a run that was killed here
+        for left in (*folder.glob(".*.part"), *folder.glob(".*.old")):  # of a run that was killed here
             shutil.rmtree(left)
         part.mkdir()
         for name, data in files.items():
@@ -155,6 +155,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
     return {name: tensor.to(device) for name, tensor in weights.items()}, state
 
 
+def unshared(tensor: Tensor) -> Tensor:
+    """A copy as safetensors takes it: dense, on the CPU, of memory that no other tensor has."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all; a link in its place is replaced, not followed.
 
@@ -238,7 +243,7 @@ def set_random_state(state: Mapping[str, object]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def seed_everything(seed: int) -> None:

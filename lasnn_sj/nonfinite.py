@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
+from .checkpoint import unshared
 from .objectives import BatchError
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def keep_for_inspection(
 
     A full disk does not hide the error: what cannot be written is said in the log.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+    weights = {name: unshared(tensor) for name, tensor in student.state_dict().items()}
     what = {
         "error": str(error),
         "layer": error.layer,
@@ -87,7 +88,7 @@ def keep_for_inspection(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "student.safetensors")
-        batch = {"images": images.cpu().contiguous(), "labels": labels.cpu().contiguous()}
+        batch = {"images": unshared(images), "labels": unshared(labels)}
         save_file(batch, folder / "batch.safetensors")
         (folder / "what.json").write_text(json.dumps(what, indent=1) + "\n")
     except Exception as failure:  # safetensors has errors of its own

@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from torch import nn
 
 from lasnn_sj import checkpoint
 from lasnn_sj.checkpoint import CheckpointError
@@ -54,6 +55,35 @@ def test_what_a_killed_process_left_half_written_is_not_seen_and_removed(tmp_pat
     assert checkpoint.load_latest(tmp_path) is None
     save(tmp_path, 8)
     assert names(tmp_path) == ["00000008"]
+
+
+def test_what_others_put_there_is_left_alone(tmp_path):
+    """A file browser's notes, once a reason to end the run."""
+    (tmp_path / ".DS_Store").write_text("notes")
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert names(tmp_path) == [".DS_Store", "00000001", "00000002"]
+
+
+def test_weights_that_share_memory(tmp_path):
+    """A layer used at two places has two names in state_dict; half of a tensor is one too."""
+    shared = nn.Linear(2, 3)
+    net = nn.Sequential(shared, nn.ReLU(), nn.Linear(3, 2), shared)
+    weights = net.state_dict() | {"half": net[2].weight.detach()[:1], "turned": net[2].weight.detach().t()}
+    loaded, _ = checkpoint.load(save(tmp_path, weights=weights))
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+def test_random_states_of_more_gpus_than_there_are(monkeypatch):
+    """A run goes on where fewer are visible; each of those there takes back its own."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.tensor([n]) for n in range(8)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", taken.extend)
+    checkpoint.set_random_state(checkpoint.random_state())
+    assert taken == [0, 1]
 
 
 def test_no_folder_and_an_empty_one(tmp_path):
