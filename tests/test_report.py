@@ -276,7 +276,10 @@ def test_trainers_of_their_own_are_compared(tmp_path, undrawn):
     made = report([tmp_path / "a", tmp_path / "b"])
     assert made == tmp_path / "report.html"
     page, last = Page(made), trainer.history[-1]
-    assert page.table("Results on the test data")["b"]["top-1 %"] == f"{last['val_top1']:.2f}"
+    table = page.table("Results on the test data")
+    assert table["b"]["top-1 %"] == f"{last['val_top1']:.2f}"  # inspected on the same images
+    assert table["a"]["top-1 %"] == ""
+    assert table["a"]["no result, last validation: top-1 %"] != "" == table["b"][list(table["b"])[1]]
     assert f"b ends at {last['ce']:.4g}" in page.label("cross-entropy")
     assert "inspection.json is missing: no attention maps" in page.text  # of a
     assert list(page.table("Thresholds by layer")["features.0.neuron"]) == ["b"]
@@ -307,6 +310,32 @@ def test_trainings_with_other_settings_are_not_taken_for_seeds(tmp_path, undrawn
     assert {name: row["top-1 %"] for name, row in table.items()} == {
         "LaSNN (a)": "40.00", "LaSNN (b, c)": "61.00 ± 1.41",
     }  # fmt: skip
+
+
+def test_what_is_not_finished_has_no_part_in_the_mean(tmp_path, undrawn):
+    for seed, results in ((0, {"hybrid": 50.0, "lasnn": 60.0}), (1, {"hybrid": 52.0})):
+        write(tmp_path / f"seed{seed}" / "recipe.json", {"seed": seed})
+        for stage in ("hybrid", "lasnn"):
+            write(tmp_path / f"seed{seed}" / stage / "settings.json", {"seed": seed})
+            add_metrics(tmp_path / f"seed{seed}" / stage, ["epoch", "loss", "val_top1"], [[1, 2.0, 20]])
+        for stage, top1 in results.items():
+            write(tmp_path / f"seed{seed}" / stage / "result.json", {"top1": top1})
+    page = Page(report(tmp_path))
+    table = page.table("Results on the test data")
+    assert table["hybrid (CE only)"]["top-1 %"] == "51.00 ± 1.41"
+    lasnn = table["LaSNN"]
+    assert (lasnn["top-1 %"], lasnn["points over hybrid"]) == ("60.00", "+10.00")
+    assert (lasnn["seed0"], lasnn["seed1"]) == ("60.00", "")
+    assert lasnn["no result, last validation: top-1 %"] == "20.00"
+    assert "LaSNN 60" in page.label("Accuracy on the test data")
+
+
+def test_anns_of_several_networks_have_no_mean(tmp_path, undrawn):
+    for name, top1 in (("vgg5", 70.0), ("vgg9", 90.0)):
+        write(tmp_path / name / "recipe.json", {"student": name})
+        write(tmp_path / name / "ann" / "result.json", {"top1": top1})
+        write(tmp_path / name / "lasnn" / "result.json", {"top1": 60.0, "top1_over_time": [10.0, 60.0]})
+    assert "ANN" not in Page(report(tmp_path)).label("Accuracy after t of T time steps").split("over time")[1]
 
 
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):

@@ -102,7 +102,8 @@ def results(series: Sequence[Series]) -> tuple[Table | None, list[Picture]]:
     spread = "" if seeds < 2 else f", mean ± deviation of up to {seeds} seeds"
     kinds = {line.kind for line in series}
     columns: list[tuple[str, Callable[[Series], str]]] = [
-        ("top-1 %", lambda line: _spread(line.values(_top1), ".2f"))
+        ("top-1 %", lambda line: _spread(line.values(_top1), ".2f")),
+        ("no result, last validation: top-1 %", lambda line: _spread(line.values(_so_far), ".2f")),
     ]
     for against, title in (("ann", "ANN"), ("hybrid", "hybrid"), ("alone", "student alone")):
         if against in kinds:
@@ -129,7 +130,7 @@ def results(series: Sequence[Series]) -> tuple[Table | None, list[Picture]]:
     rows = [row for row in rows if any(row[1:])]
     used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
     head = ["", *(title for title, _ in columns)]
-    if not any(line.values(_top1) for line in series):
+    if not rows:
         return None, []
     table = Table(
         f"Results on the test data{spread}", [head[i] for i in used], [[row[i] for i in used] for row in rows]
@@ -138,6 +139,8 @@ def results(series: Sequence[Series]) -> tuple[Table | None, list[Picture]]:
     seeds_ = [_of_run(series, name) for name in names]
     drawn = Line("", [(list(found), list(found.values())) for found in seeds_])
     groups = [line.label for line in series if line.values(_top1)]
+    if not groups:
+        return table, []
     return table, [charts.bars("accuracy", "Accuracy on the test data", "top-1 %", groups, [drawn])]
 
 
@@ -166,7 +169,8 @@ def _curves(series: Sequence[Series], by: str) -> Iterator[Picture]:
 
 def over_time(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
     """Accuracy after each time step, and against the energy that is spent by then."""
-    ann = statistics.mean(top) if (top := _of_kind(series, "ann")) else None
+    anns = [line.values(_top1) for line in series if line.kind == "ann" and line.values(_top1)]
+    ann = statistics.mean(anns[0]) if len(anns) == 1 else None  # of several networks none is the one
     # ten times the steps would press all others into a corner
     shown = [line for line in series if line.kind != "converted_10T"]
     by_step = [s for line in shown if (s := line.line(lambda p: _steps(p)))]
@@ -178,14 +182,15 @@ def over_time(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
         ))  # fmt: skip
     energies = [e for line in shown for e in line.values(lambda p: max(_energies(p), default=None))]
     if energies:
-        ann_energy = [e for line in shown for e in line.values(lambda p: _operation(p, "ann_energy_pj"))]
-        scale, unit = _unit(max(energies + ann_energy))
+        ann_energy = {e for line in shown for e in line.values(lambda p: _operation(p, "ann_energy_pj"))}
+        scale, unit = _unit(max([*energies, *ann_energy]))
+        the_anns = ann_energy.pop() / scale if len(ann_energy) == 1 else None
         by_energy = [s for line in shown if (s := line.line(lambda p: _by_energy(p, scale)))]
         if by_energy:
             pictures.append(charts.lines(
                 "accuracy_over_energy", "Accuracy against energy spent",
                 f"energy of computing, {unit} per sample", "top-1 %", by_energy, across=ann,
-                across_label="accuracy of the ANN", upright=max(ann_energy) / scale if ann_energy else None,
+                across_label="accuracy of the ANN", upright=the_anns,
                 upright_label="energy of the ANN", log=True,
             ))  # fmt: skip
     table = Table("Accuracy and energy by time step", ["t"], [])
@@ -305,10 +310,14 @@ def _compared(caption: str, columns: dict[str, dict[str, str]]) -> Table:
 
 
 def _top1(part: Part) -> float | None:
-    """The part's final accuracy on test data; of a training without result the last that was measured."""
-    found = part.number("top1")
+    """The part's final accuracy on test data."""
+    return part.number("top1")
+
+
+def _so_far(part: Part) -> float | None:
+    """Of a training without result the last accuracy on validation data."""
     values = part.column("val_top1")[1]
-    return values[-1] if found is None and values else found
+    return values[-1] if _top1(part) is None and values else None
 
 
 def _gains(line: Series, against: str) -> list[float]:
@@ -322,10 +331,6 @@ def _gains(line: Series, against: str) -> list[float]:
         if mine is not None and other is not None:
             gains.append(mine - other)
     return gains
-
-
-def _of_kind(series: Sequence[Series], kind: str) -> list[float]:
-    return [value for line in series if line.kind == kind for value in line.values(_top1)]
 
 
 def _steps(part: Part) -> tuple[list[int], list[float]]:
