@@ -86,7 +86,14 @@ def main(run: Run) -> None:
                 }
             )
             print(job, seed, found[job][-1], sep="\t", flush=True)
-    head = ("alpha", "start, top-1 %", "top-1 %", "spikes per neuron", "CE, last epoch", "attention loss")
+    head = (
+        "alpha",
+        "start, top-1 %",
+        "top-1 %",
+        "spikes per neuron",
+        "CE, last epoch",
+        "alpha / 2 * attention loss",
+    )
     lines = []
     for job, results in found.items():
         columns = {name: [result[name] for result in results] for name in results[0]}
