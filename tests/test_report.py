@@ -430,6 +430,16 @@ def test_metrics_of_no_use(tmp_path, text, undrawn):
     assert "metrics.csv is damaged" in page.text or "metrics.csv holds no finished epoch" in page.text
 
 
+def test_numbers_that_are_not_finite_are_named(tmp_path, undrawn):
+    write(tmp_path / "settings.json", {})
+    add_metrics(tmp_path, ["epoch", "loss", "top1", "val_top1"], [[1, 2.0, 50, ""], [2, "nan", 10, 40]])
+    write(tmp_path / "result.json", {"top1": 40.0, "loss": float("inf")})
+    page = Page(report(tmp_path))
+    assert "metrics.csv: loss is not finite in epoch 2" in page.text
+    assert "val_top1 is not finite" not in page.text  # it was not measured
+    assert "result.json holds 1 numbers that are not finite, Infinity first" in page.text
+
+
 JUNK = [None, "x", [], {}, [1, "a"], [{}], float("nan"), [float("inf")] * 4, True]
 
 

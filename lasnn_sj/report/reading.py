@@ -250,7 +250,7 @@ def _rows(path: Path, key: str, notes: list[str], run: Path) -> list[dict[str, f
     if not lines or key not in lines[0]:
         notes.append(f"{name} is damaged: its first line does not name the columns, {key} among them")
         return []
-    columns, rows, bad = lines[0], [], []
+    columns, rows, bad, lost = lines[0], [], [], {}
     for index, line in enumerate(lines[1:], 2):
         if not line:
             continue
@@ -259,6 +259,13 @@ def _rows(path: Path, key: str, notes: list[str], run: Path) -> list[dict[str, f
             bad.append(index)
         else:
             rows.append(row)
+            for column, cell in zip(columns, line):
+                if cell.strip() and row[column] is None:
+                    lost.setdefault(column, []).append(f"{row[key]:g}")
+    for column, places in lost.items():
+        notes.append(
+            f"{name}: {column} is not finite in {key} {', '.join(places[:8])}{', ...' * (len(places) > 8)}"
+        )
     if bad or (rows and not text.endswith(("\n", "\r"))):
         lines_ = f"in line {', '.join(map(str, bad[:8]))}" if bad else "in its last line"
         notes.append(f"{name} is damaged or cut off {lines_}; what stands there is left out or may be short")
@@ -305,9 +312,9 @@ def _json(path: Path, notes: list[str], run: Path) -> dict:
     text = _text(path, notes, run)
     if text is None:
         return {}
-    name = path.relative_to(run)
+    name, odd = path.relative_to(run), []
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=lambda word: odd.append(word) or float(word))
         json.dumps(found, ensure_ascii=False).encode()  # halves of characters could not be written
     except (ValueError, RecursionError) as error:
         notes.append(f"{name} is damaged: {error}")
@@ -315,6 +322,8 @@ def _json(path: Path, notes: list[str], run: Path) -> dict:
     if not isinstance(found, dict):
         notes.append(f"{name} is damaged: it holds no JSON object but {type(found).__name__}")
         return {}
+    if odd:
+        notes.append(f"{name} holds {len(odd)} numbers that are not finite, {odd[0]} first")
     return found
 
 
