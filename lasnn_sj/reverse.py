@@ -23,6 +23,7 @@ from .checkpoint import check_settings
 from .cost import Cost
 from .encoding import PoissonEncoder
 from .evaluation import evaluate
+from .events import EventFrames
 from .neurons import accelerate
 from .objectives import CrossEntropy, DefaultKD, Objective, SparseKD
 from .pruning import prune_magnitude
@@ -110,7 +111,8 @@ class Study:
         device: where to run.
 
     Raises:
-        ValueError: the folder holds a study of another recipe or data set; the message lists what differs.
+        ValueError: the folder holds a study of another recipe, data set or way of making frames; the message
+            lists what differs.
         RuntimeError: several processes under torchrun.
     """
 
@@ -129,6 +131,9 @@ class Study:
         what = {"data": data.name, "train": len(data.train), "test": len(data.test), "encoder": repr(encoder)}
         described = {key: value for key, value in asdict(recipe).items() if key not in ("ratios", "default")}
         check_settings(self.run_dir / "recipe.json", described | what)
+        if isinstance(data.train, EventFrames):
+            augment = data.train.augment and asdict(data.train.augment)
+            check_settings(self.run_dir / "frames.json", asdict(data.train.framing) | {"augment": augment})
 
     def run(self) -> dict[str, Result]:
         """Results by row: ``"alone"``, ``"sparse 0.1"``, ..., ``"default"``.

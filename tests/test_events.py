@@ -18,7 +18,7 @@ from PIL import Image
 
 tonic = pytest.importorskip("tonic")
 
-from lasnn_sj import LaSNNTrainer, events  # noqa: E402
+from lasnn_sj import LaSNNTrainer, events, reverse  # noqa: E402
 from lasnn_sj.events import Augment, Framing, RecordingError, collate, to_frames  # noqa: E402
 
 DTYPE = tonic.datasets.DVSGesture.dtype
@@ -524,3 +524,18 @@ def test_real_digits(tmp_path, monkeypatch):
     data = events.load("n-mnist", tmp_path, Framing(T=5), augment=False)
     totals = {int(data.test[i][0].sum()) for i in range(len(data.test))}
     assert totals == {len(x) for _, (x, _, _, _) in digits[50:]}
+
+
+def test_a_study_folder_of_other_frames_is_refused(root, tmp_path):
+    """Rows of 4 and of 2 time steps would stand in one table."""
+    run = tmp_path / "run"
+
+    def study(framing, augment=True):
+        return reverse.Study(reverse.Recipe(), events.load("dvs-gesture", root, framing, augment), run)
+
+    study(Framing(T=4))
+    study(Framing(T=4))
+    with pytest.raises(ValueError, match=r"other settings \(T: there 4, here 2\)"):
+        study(Framing(T=2))
+    with pytest.raises(ValueError, match=r"other settings \(augment: there .*, here None\)"):
+        study(Framing(T=4), augment=False)
