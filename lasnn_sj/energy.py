@@ -16,6 +16,7 @@ from spikingjelly.activation_based.op_counter import (
     SynOpCounter,
 )
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 aten = torch.ops.aten
 COST = SimpleEnergyCostConfig.fp32()
@@ -28,7 +29,7 @@ class Operations:
     Attributes:
         synops: synaptic operations of each time step: for every spike one accumulation at every synapse
             that it reaches. An average pool is a factor of the synapses behind it, so a pooled spike
-            counts once; signed spikes and events count as spikes.
+            counts once; signed spikes, sums of spikes and events count as spikes.
         macs: multiply-accumulates of each time step, where a layer takes real values (the first one of
             directly encoded images); what is computed once for all steps counts in the first.
         ann_macs: multiply-accumulates of the same network as ANN, each layer once.
@@ -70,16 +71,18 @@ def count_operations(model: nn.Module, encoded: Tensor, events: bool = False) ->
     """
     if encoded.dim() < 3:
         raise ValueError(f"encoded must be [T, N, ...], got shape {tuple(encoded.shape)}")
-    counter = _Counter(*encoded.shape[:2])
+    counter = _Counter(model, *encoded.shape[:2])
     if events and bool((encoded == encoded.round()).all()):
         counter.mark(encoded, 1)
     training = model.training
     model.eval()
     functional.reset_net(model)
+    entering = register_module_forward_pre_hook(counter.enter)
     try:
         with DispatchCounterMode([counter]):
             model(encoded)
     finally:
+        entering.remove()
         functional.reset_net(model)
         model.train(training)
     return counter.operations()
@@ -89,12 +92,14 @@ class _Counter(BaseCounter):
     """Counts for each row of a layer's input, ``[T * N, ...]`` or ``[N, ...]``, by the tensors' values.
 
     A tensor of spikes is known by its values (0 and 1, or signed), or because it was made by averaging
-    such a tensor: then a mark on its memory says by which factor it becomes whole numbers.
+    or adding such tensors: then a mark on its memory says by which factor it becomes whole numbers.
     """
 
-    def __init__(self, T: int, batch: int) -> None:
+    def __init__(self, model: nn.Module, T: int, batch: int) -> None:
         super().__init__()
         self.T, self.batch = T, batch
+        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._layer: nn.Module | None = None
         self._marks: dict[int, float] = {}
         self._kept: list[Tensor] = []  # while it is kept, no other tensor has its memory
         self._calls: dict[int, list[tuple[Tensor, bool, float]]] = defaultdict(list)
@@ -108,10 +113,15 @@ class _Counter(BaseCounter):
             aten._adaptive_avg_pool2d.default: self._average,
             aten.mean.dim: self._average,
             aten.clone.default: self._average,
+            aten.add.Tensor: self._sum,
         } | {
             product: lambda args, kwargs, out, product=product: self._both(product, args, kwargs, out)
             for product in (aten.bmm.default, aten.baddbmm.default)
         }
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Hook of every module, before its forward."""
+        self._layer = module
 
     def mark(self, x: Tensor, factor: float) -> None:
         """``x * factor`` are numbers of spikes."""
@@ -126,6 +136,13 @@ class _Counter(BaseCounter):
         counts = x.double() * factor
         whole = counts.round()
         return (whole.abs(), factor) if bool(((counts - whole).abs() < 1e-3).all()) else None
+
+    def _sum(self, args, kwargs, out) -> int:
+        if not kwargs and all(isinstance(x, Tensor) and x.shape == out.shape for x in args):
+            found = [self._spikes(x) for x in args]
+            if None not in found and found[0][1] == found[1][1]:
+                self.mark(out, found[0][1])
+        return 0
 
     def _average(self, args, kwargs, out) -> int:
         return self._averaged(args[0], args[0].numel() / out.numel(), out)
@@ -163,7 +180,10 @@ class _Counter(BaseCounter):
         return self._call(weight, spikes[0].sum(1) * weight.shape[1], True, dense)
 
     def _call(self, weight: Tensor, rows: Tensor, spikes: bool, dense: float) -> int:
-        self._calls[weight.untyped_storage().data_ptr()].append((rows.double().cpu(), spikes, dense))
+        key = weight.untyped_storage().data_ptr()
+        if key not in self._weights:  # made anew for each call, as a pruned or normalised layer's
+            key = id(self._layer)
+        self._calls[key].append((rows.double().cpu(), spikes, dense))
         return int(rows.sum()) if spikes else 0
 
     def _both(self, function, args, kwargs, out) -> int:
@@ -184,8 +204,9 @@ class _Counter(BaseCounter):
         for calls in self._calls.values():
             for index, (rows, spikes, dense) in enumerate(calls):
                 if len(rows) == batch:  # one step, or what is the same at every step
-                    steps[spikes][min(index, T - 1)] += rows.sum()
-                    ann += dense / (T if len(calls) == T else 1)
+                    looped = len(calls) % T == 0  # a layer may also be called several times in a step
+                    steps[spikes][index * T // len(calls) if looped else 0] += rows.sum()
+                    ann += dense / (T if looped else 1)
                 else:
                     steps[spikes] += rows.view(T, -1).sum(1) if len(rows) % T == 0 else rows.sum() / T
                     ann += dense / T

@@ -5,6 +5,8 @@ import torch
 from spikingjelly.activation_based import layer, neuron
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from lasnn_sj import DirectEncoder, PoissonEncoder, models
 from lasnn_sj.energy import Operations, count_operations
@@ -93,15 +95,18 @@ def test_without_pools_it_is_spikingjellys_count():
     assert not any(found.macs)
 
 
+class OverTime(nn.Module):
+    """Runs a network of single steps step by step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def forward(self, x):
+        return torch.stack([self.step(image) for image in x])
+
+
 def test_a_loop_over_time_gives_the_same():
-    class Loop(nn.Module):
-        def __init__(self, step):
-            super().__init__()
-            self.step = step
-
-        def forward(self, x):
-            return torch.stack([self.step(image) for image in x])
-
     torch.manual_seed(0)
     multi = nn.Sequential(conv(1, 4, kernel_size=3), neuron.IFNode(step_mode="m"), conv(4, 2, kernel_size=2))
     single = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), neuron.IFNode(), nn.Conv2d(4, 2, 2, bias=False))
@@ -109,9 +114,46 @@ def test_a_loop_over_time_gives_the_same():
     single.load_state_dict(multi.state_dict())
     x = torch.rand(3, 2, 1, 6, 6)
     expected = count_operations(multi, x)
-    assert count_operations(Loop(single), x) == expected
+    assert count_operations(OverTime(single), x) == expected
     assert sum(expected.synops) > 0
     assert expected.macs == (9 * 4 * 16,) * 3
+
+
+@pytest.mark.parametrize("reparametrise", [lambda m: prune.identity(m, "weight"), weight_norm])
+def test_a_loop_whose_weights_are_made_anew_at_each_step_gives_the_same(reparametrise):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), neuron.IFNode(), nn.Conv2d(4, 2, 2, bias=False))
+    nn.init.uniform_(net[0].weight, 0, 1)
+    x = torch.rand(3, 2, 1, 6, 6)
+    expected = count_operations(OverTime(net), x)
+    assert all(expected.synops)
+    reparametrise(net[0])
+    reparametrise(net[2])
+    assert count_operations(OverTime(net), x) == expected
+
+
+def test_a_layer_that_is_called_twice_in_a_step():
+    single, several = nn.Conv2d(2, 2, 3, padding=1, bias=False), conv(2, 2, kernel_size=3, padding=1)
+    nn.init.uniform_(single.weight, 0, 1)
+    several.load_state_dict(single.state_dict())
+    x = torch.rand(3, 2, 2, 6, 6)
+    found = count_operations(OverTime(nn.Sequential(single, neuron.IFNode(), single)), x)
+    assert found == count_operations(nn.Sequential(several, neuron.IFNode(step_mode="m"), several), x)
+    assert found.ann_macs == 2 * 36 * 2 * 2 * 9
+    assert found.macs == (36 * 2 * 2 * 9,) * 3
+
+
+def test_a_sum_of_spikes_is_spikes_by_hand():
+    class Residual(nn.Module):
+        def forward(self, x):
+            return x + x.flip(-1)
+
+    x = torch.zeros(2, 1, 1, 1, 3)
+    x[0, 0, 0, 0] = torch.tensor([1.0, 1.0, 0.0])  # sums to 1, 2, 1
+    net = nn.Sequential(Residual(), conv(1, 5, kernel_size=1))
+    assert count_operations(net, x) == Operations((5 * 4, 0), (0, 0), 15, 1)
+    # sums of real values stay real
+    assert count_operations(net, x / 2).macs == (15, 15)
 
 
 def test_products_of_activations_are_spread_over_the_steps():
