@@ -149,7 +149,9 @@ class Pipeline:
         self.recipe, self.data, self.device = recipe, data, torch.device(device)
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._given, self._ann, self._snn_teacher = teacher, ann, snn_teacher
+        self._given, self._ann, self._snn_teacher = (
+            None if net is None else net.to(self.device) for net in (teacher, ann, snn_teacher)
+        )
         check_settings(
             self.run_dir / "recipe.json",
             asdict(recipe)
@@ -192,7 +194,7 @@ class Pipeline:
     def student(self, stage: str) -> nn.Module:
         """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it."""
         if stage == "ann" and self._ann is not None:
-            return self._ann.to(self.device)
+            return self._ann
         self._stage(stage)
         net = self._build_ann()
         return self._load(stage, net if stage == "ann" else self._to_snn(net))

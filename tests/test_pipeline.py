@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lasnn_sj import data, models
+from lasnn_sj.evaluation import device_of
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.pipeline import STAGES, Pipeline, Recipe, table
 
@@ -143,6 +144,21 @@ def test_a_given_teacher_is_used(digits, tmp_path):
     result = Pipeline(TINY, digits, tmp_path, teacher=teacher).run(("teacher",))
     assert not (tmp_path / "teacher" / "metrics.csv").exists()
     assert result["teacher"]["samples"] == 64
+
+
+def test_given_networks_are_brought_to_the_device(digits, tmp_path, monkeypatch):
+    """Their stages only evaluate, which moves images alone; "meta" stands for a GPU."""
+    seen = []
+    monkeypatch.setattr(
+        "lasnn_sj.pipeline.evaluate",
+        lambda net, loader, device: seen.append((device_of(net), device)) or {"top1": 0.0},
+    )
+    given = {
+        "teacher": models.teacher_resnet20(10, 1, 0.25),
+        "ann": models.conv3_linear2(10, 1, 8, 0.1, spiking=False),
+    }
+    Pipeline(TINY, digits, tmp_path, **given, device="meta").run(("teacher", "ann"))
+    assert seen == [(torch.device("meta"), torch.device("meta"))] * 2
 
 
 def test_unknown_stages(finished, digits):
