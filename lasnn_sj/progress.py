@@ -163,9 +163,13 @@ class Progress:
 
     def _restore(self, weights: dict[str, torch.Tensor], state: dict[str, object]) -> None:
         own = state["processes"][distributed.rank()]
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError(
+                f"its run had {'a' if self.scheduler is None else 'no'} scheduler, unlike this one"
+            )
         self.student.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
+        if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -152,20 +152,22 @@ class TrainingStep:
         before = self.progress.random_state()  # looking must not change what is trained
         self.student.eval()
         functional.reset_net(self.student)
-        with torch.no_grad():
-            encoded = small if self.encoder is None else self.encoder(small)
-            outputs = self.student(encoded)
-            self.num_classes = class_scores(outputs, small.shape[axis], self.readout).shape[1]
-            self.distillation.set_taps(encoded, small, self.num_classes)
-        functional.reset_net(self.student)
-        self.student.train()
+        try:
+            with torch.no_grad():
+                encoded = small if self.encoder is None else self.encoder(small)
+                outputs = self.student(encoded)
+                num_classes = class_scores(outputs, small.shape[axis], self.readout).shape[1]
+                self.distillation.set_taps(encoded, small, num_classes)
+        finally:
+            functional.reset_net(self.student)
+            self.student.train()
+            self.progress.set_random_state(before)
         forward = StudentForward(self.student, self.distillation.student_taps, self.time_chunks)
         if self.compile:
             forward.compile()
         if distributed.world_size() > 1:
             forward = DistributedDataParallel(forward)
-        self._forward = forward
-        self.progress.set_random_state(before)
+        self._forward, self.num_classes = forward, num_classes
 
     def close(self) -> None:
         """Remove the taps; :meth:`prepare` sets them again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -139,14 +140,14 @@ class LaSNNTrainer:
         self._names, self._through_trace = pairs, through_trace
         for module in (student, teacher, encoder):
             if module is not None:
-                # Only the order in memory: convolutions are faster so, on either device.
-                module.to(self.device, memory_format=torch.channels_last)
+                _place(module, self.device)
         if teacher is not None:
             if teacher.training:
                 log.warning("the teacher was in training mode; it is used in evaluation mode")
             teacher.eval().requires_grad_(False)
         self.optimizer = optimizer or Adam(student.parameters(), lr=1e-4, weight_decay=5e-4)
         self.scheduler = scheduler
+        _check_optimizer(student, self.optimizer, scheduler)
         self._numbers = Precision(precision, self.device, clip_norm)
         self._folder: RunFolder | None = None
         self._progress = Progress(student, self.optimizer, scheduler, self._numbers.scaler, self.device)
@@ -215,6 +216,7 @@ class LaSNNTrainer:
             ValueError: the run folder belongs to a run with other settings.
             SystemExit, KeyboardInterrupt: after SIGTERM or SIGINT, once a checkpoint is written.
         """
+        _check_count("validate_every", validate_every)
         batches = TrainingBatches(train_loader)
         self._progress.use_generators([self.encoder, *generator_owners(train_loader, val_loader)])
         if self.run_dir is not None:
@@ -431,6 +433,30 @@ def _check_teacher(teacher: nn.Module | None, attention: str | None, objective: 
             + ("needs a teacher" if wanted else "makes no use of a teacher")
             + "; give both, or attention=None and no teacher"
         )
+
+
+def _check_optimizer(student: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    own = {id(parameter) for parameter in student.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"optimizer has none of the student's parameters, so nothing would be trained; make it of "
+            f"student.parameters() of this very {type(student).__name__}"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("scheduler is a ReduceLROnPlateau, whose step wants a metric; use one that does not")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError(
+            f"scheduler ({type(scheduler).__name__}) belongs to another optimizer than the trainer's; give "
+            f"the optimizer that it was made for, too"
+        )
+
+
+def _place(module: nn.Module, device: torch.device) -> None:
+    """Bring a network to a device; its convolutions' weights in the order in which they are faster."""
+    module.to(device)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.dim() == 4:  # module.to does so too, but refuses a tensor of five dimensions
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.attention import activation_map, gradient_map, spike_activation_map
+from lasnn_sj.checkpoint import CheckpointError
 from lasnn_sj.evaluation import evaluate
 from lasnn_sj.objectives import BatchError, attention_loss, class_scores
 from lasnn_sj.taps import TapError
@@ -339,6 +340,58 @@ def test_wrong_arguments():
         LaSNNTrainer(small_student(), small_teacher(), alpha=-1)
 
 
+def test_arguments_that_would_be_found_out_late_or_never():
+    """An optimiser or a scheduler of something else trains nothing, silently."""
+    student, other = small_student(), small_student()
+    sgd, foreign = (torch.optim.SGD(net.parameters(), 0.1) for net in (student, other))
+    with pytest.raises(ValueError, match="optimizer has none of the student's parameters"):
+        LaSNNTrainer(student, attention=None, optimizer=foreign)
+    step = torch.optim.lr_scheduler.StepLR(foreign, 1)
+    for optimizer in (sgd, None):
+        with pytest.raises(ValueError, match="scheduler .* belongs to another optimizer"):
+            LaSNNTrainer(student, attention=None, optimizer=optimizer, scheduler=step)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau, whose step wants a metric"):
+        LaSNNTrainer(student, attention=None, optimizer=sgd, scheduler=plateau)
+    with pytest.raises(ValueError, match="validate_every must be a whole number, at least 1, got 0"):
+        LaSNNTrainer(student, attention=None).fit([], [], validate_every=0)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_a_run_with_and_one_without_scheduler_are_not_the_same(tmp_path, scheduled):
+    def run(with_scheduler, epochs):
+        student = small_student()
+        optimizer = torch.optim.SGD(student.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1) if with_scheduler else None
+        trainer = LaSNNTrainer(
+            student, attention=None, encoder=DirectEncoder(2), optimizer=optimizer, scheduler=scheduler,
+            run_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(loader(8), epochs=epochs)
+
+    run(scheduled, 1)
+    with pytest.raises(CheckpointError, match=f"its run had {'a' if scheduled else 'no'} scheduler"):
+        run(not scheduled, 2)
+
+
+def test_weights_of_three_dimensional_convolutions():
+    class Volume(nn.Module):
+        """[T, N, C, H, W]: a convolution over time, height and width."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.flat = nn.Conv3d(1, 2, 3, padding=1), nn.Conv2d(2, 3, 3)
+            self.linear = nn.Linear(3, K)
+
+        def forward(self, x):
+            return self.linear(self.flat(self.conv(x.movedim(0, 2)).mean(2)).mean((2, 3)))
+
+    net = Volume()
+    history = LaSNNTrainer(net, attention=None, encoder=DirectEncoder(2)).fit(loader(8), epochs=1)
+    assert history[0]["loss"] > 0
+    assert net.flat.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_pairs_that_do_not_exist_are_found_before_the_first_step():
     student = small_student()
     before = weights_of(student)
@@ -347,6 +400,16 @@ def test_pairs_that_do_not_exist_are_found_before_the_first_step():
     ):
         trainer_for(student, small_teacher(), pairs=[("nowhere", "layer1")]).fit(loader(8), epochs=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(student).items())
+
+
+def test_a_first_look_that_fails_leaves_the_student_as_it_was():
+    trainer = trainer_for(small_student(), small_teacher(), pairs=[("nowhere", "layer1")])
+    state = torch.get_rng_state()
+    for _ in range(2):  # the same error again, not one of half a trainer
+        with pytest.raises(TapError, match="student tap 'nowhere' matches no module"):
+            trainer.train_step(*images_and_labels(4))
+        assert trainer.student.training
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_gradient_attention_needs_the_teachers_classes_to_be_the_students():
