@@ -29,7 +29,8 @@ class Operations:
     Attributes:
         synops: synaptic operations of each time step: for every spike one accumulation at every synapse
             that it reaches. An average pool is a factor of the synapses behind it, so a pooled spike
-            counts once; signed spikes, sums of spikes and events count as spikes.
+            counts once (but where windows at the border are divided by other numbers, which makes real
+            values of them); signed spikes, sums of spikes and events count as spikes.
         macs: multiply-accumulates of each time step, where a layer takes real values (the first one of
             directly encoded images); what is computed once for all steps counts in the first.
         ann_macs: multiply-accumulates of the same network as ANN, each layer once.
@@ -148,8 +149,11 @@ class _Counter(BaseCounter):
         return self._averaged(args[0], args[0].numel() / out.numel(), out)
 
     def _average_pool(self, args, kwargs, out) -> int:
-        height, width = args[1] if len(args[1]) == 2 else args[1] * 2
-        return self._averaged(args[0], height * width, out)
+        full = [*args, *([], 0, False, True, None)[len(args) - 2 :]]
+        one = torch.ones_like(args[0][:1, :1])
+        over = aten.avg_pool2d(one, *full[1:6], 1) / aten.avg_pool2d(one, *full[1:])
+        # windows at the border that are divided by another number have no common factor
+        return self._averaged(args[0], over.max().item(), out) if over.max() - over.min() < 1e-3 else 0
 
     def _averaged(self, x: Tensor, over: float, out: Tensor) -> int:
         spikes = self._spikes(x)

@@ -54,6 +54,25 @@ def test_overlapping_pools_and_odd_sizes_by_hand():
     assert count_operations(net, x).synops == (3,)
 
 
+@pytest.mark.parametrize(
+    ("pool", "synops", "macs"),
+    [
+        ({"kernel_size": 3, "stride": 2, "padding": 1}, 1, 0),  # the corner's window is divided by 9 too
+        ({"kernel_size": 2, "divisor_override": 1}, 0, 0),  # 4x4 of 5x5: the corner is in no window
+        ({"kernel_size": 2, "divisor_override": 3, "padding": 1}, 1, 0),
+        ({"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}, 0, 9),
+        ({"kernel_size": 2, "ceil_mode": True}, 0, 9),  # the corner's window holds one pixel and gives 1
+    ],
+)
+def test_how_a_pool_divides_by_hand(pool, synops, macs):
+    x = torch.zeros(1, 1, 1, 5, 5)
+    x[..., 4, 4] = 1
+    x[..., 0, 0] = 1 if macs else 0  # in a window of another size
+    pooled = nn.Sequential(layer.AvgPool2d(**pool, step_mode="m"), layer.Flatten(step_mode="m"))
+    found = count_operations(nn.Sequential(pooled, nn.Linear(pooled(x).shape[-1], 1)), x)
+    assert (found.synops, found.macs) == ((synops,), (macs,))
+
+
 def test_events_count_as_spikes_only_where_they_are_events():
     x = torch.zeros(1, 2, 3)
     x[0, 0] = torch.tensor([4.0, 0.0, 1.0])
