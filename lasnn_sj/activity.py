@@ -9,7 +9,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from .evaluation import batch_axis, check_batch, device_of, encoded_pieces
+from .evaluation import batch_axis, check_batch, device_of, encoded_pieces, evaluating
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,24 @@ def spike_statistics(
 
     found = {name: m for name, m in model.named_modules() if isinstance(m, neuron.BaseNode)}
     hooks = [module.register_forward_hook(counting(name)) for name, module in found.items()]
-    training, seen, T = model.training, 0, 0
-    model.eval()
-    functional.reset_net(model)
+    seen = T = 0
     try:
-        for index, batch in enumerate(loader):
-            images, labels = check_batch(batch, f"batch {index}")
-            left = min(samples - seen, len(labels))
-            images = images.narrow(batch_axis(images, labels), 0, left).to(device)
-            T = 0
-            for piece in encoded_pieces(encoder, images, chunk):
-                model(piece)
-                T += len(piece)
-            functional.reset_net(model)
-            seen += left
-            if seen == samples:
-                break
+        with evaluating(model):
+            for index, batch in enumerate(loader):
+                images, labels = check_batch(batch, f"batch {index}")
+                left = min(samples - seen, len(labels))
+                images = images.narrow(batch_axis(images, labels), 0, left).to(device)
+                T = 0
+                for piece in encoded_pieces(encoder, images, chunk):
+                    model(piece)
+                    T += len(piece)
+                functional.reset_net(model)
+                seen += left
+                if seen == samples:
+                    break
     finally:
         for hook in hooks:
             hook.remove()
-        functional.reset_net(model)
-        model.train(training)
     if not neurons:
         what = "the loader gave no sample" if not seen else f"no neuron of {type(model).__name__} ran"
         raise ValueError(f"{what}; spikes cannot be counted")

@@ -7,7 +7,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.op_counter import (
     BaseCounter,
     DispatchCounterMode,
@@ -17,6 +16,8 @@ from spikingjelly.activation_based.op_counter import (
 )
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .evaluation import evaluating
 
 aten = torch.ops.aten
 COST = SimpleEnergyCostConfig.fp32()
@@ -75,17 +76,12 @@ def count_operations(model: nn.Module, encoded: Tensor, events: bool = False) ->
     counter = _Counter(model, *encoded.shape[:2])
     if events and bool((encoded == encoded.round()).all()):
         counter.mark(encoded, 1)
-    training = model.training
-    model.eval()
-    functional.reset_net(model)
     entering = register_module_forward_pre_hook(counter.enter)
     try:
-        with DispatchCounterMode([counter]):
+        with evaluating(model), DispatchCounterMode([counter]):
             model(encoded)
     finally:
         entering.remove()
-        functional.reset_net(model)
-        model.train(training)
     return counter.operations()
 
 

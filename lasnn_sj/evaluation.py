@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,6 +16,22 @@ from tqdm.auto import tqdm
 from . import distributed
 from .batches import evaluation_share
 from .objectives import BatchError, class_scores, resolve_readout
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and neurons without a state; afterwards each module's own mode, and no state again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+        functional.reset_net(model)
+    try:
+        yield
+    finally:
+        for module, training in modes:  # some may stay in evaluation mode while the others train
+            module.training = training
+        for model in models:
+            functional.reset_net(model)
 
 
 @torch.no_grad()
@@ -54,12 +71,10 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
-    training, hits = model.training, 0
+    hits = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
     share, quiet = evaluation_share(loader), None if distributed.is_main() else True
-    model.eval()
-    functional.reset_net(model)
-    try:
+    with evaluating(model):
         for index, batch in enumerate(tqdm(share, desc="evaluating", leave=False, disable=quiet)):
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
@@ -72,9 +87,6 @@ def evaluate(
                 hits = hits + (steps.argmax(2) == labels).sum(1)
             loss, right = F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()
             sums += torch.stack([loss.double(), right.double(), loss.new_tensor(len(labels)).double()])
-    finally:
-        functional.reset_net(model)
-        model.train(training)
     loss, right, samples = distributed.total(sums).tolist()
     if not samples:
         raise BatchError("the evaluation loader gave no batch")

@@ -25,7 +25,7 @@ from . import checkpoint, distributed, events, taps
 from .activity import spike_statistics
 from .distillation import Distillation
 from .energy import COST, count_operations
-from .evaluation import batch_axis, check_batch, device_of, evaluate
+from .evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
 from .neurons import backend
 from .objectives import BatchError, class_scores, resolve_readout
 
@@ -225,16 +225,10 @@ def _kept_as_they_were(
     generator = getattr(encoder, "generator", None)
     generator_state = None if generator is None else generator.get_state()
     networks = [student] if teacher is None else [student, teacher]
-    training = [network.training for network in networks]
-    for network in networks:
-        network.eval()
-        functional.reset_net(network)
     try:
-        yield
+        with evaluating(*networks):
+            yield
     finally:
-        for network, mode in zip(networks, training):
-            functional.reset_net(network)
-            network.train(mode)
         checkpoint.set_random_state(random_state)
         if generator_state is not None:
             generator.set_state(generator_state)

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, models
 from lasnn_sj.activity import spike_statistics
+from lasnn_sj.energy import count_operations
 from lasnn_sj.evaluation import accuracy_over_time, evaluate
 from lasnn_sj.neurons import IFNode, IntegratorNode
 
@@ -73,6 +74,23 @@ def test_no_neuron_or_no_sample_is_an_error():
         spike_statistics(two_layers(), [], DirectEncoder(2))
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         spike_statistics(two_layers(), [], DirectEncoder(2), samples=0)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda net, x: evaluate(net, batches(x), DirectEncoder(2)),
+        lambda net, x: spike_statistics(net, batches(x), DirectEncoder(2)),
+        lambda net, x: count_operations(net, DirectEncoder(2)(x)),
+    ],
+)
+def test_each_layer_keeps_its_own_mode(look):
+    net = nn.Sequential(two_layers(), nn.BatchNorm1d(2), nn.Dropout()).train()
+    net[1] = nn.Sequential(layer.SeqToANNContainer(net[1].eval()))  # trains with fixed statistics
+    before = {name: module.training for name, module in net.named_modules()}
+    assert len(set(before.values())) == 2
+    look(net, torch.rand(3, 2))
+    assert {name: module.training for name, module in net.named_modules()} == before
 
 
 class Scores(nn.Module):

@@ -138,6 +138,7 @@ def test_gradient_maps(tmp_path):
 def test_looking_changes_nothing(tmp_path):
     encoder = PoissonEncoder(T, torch.Generator().manual_seed(5))
     net, the_teacher = student().train(), teacher()
+    net.features[1].eval()
     torch.manual_seed(11)
     inspect(net, the_teacher, None, batches(), encoder, tmp_path)
     after = torch.rand(3), torch.rand(3, generator=encoder.generator)
@@ -145,6 +146,7 @@ def test_looking_changes_nothing(tmp_path):
     assert torch.equal(after[0], torch.rand(3))
     assert torch.equal(after[1], torch.rand(3, generator=torch.Generator().manual_seed(5)))
     assert net.training
+    assert not net.features[1].training
     assert not the_teacher.training
     assert not net.features[0].neuron.record
     assert not any(isinstance(getattr(m, "v", None), torch.Tensor) for m in net.modules())
