@@ -49,7 +49,7 @@ def spike_statistics(
     """Count a network's spikes: all time steps, the first ``samples`` samples, divided by the neurons.
 
     Args:
-        model: SpikingJelly neurons in multi-step mode; its mode is restored afterwards.
+        model: network of SpikingJelly neurons, ``[T, N, ...]`` to anything; its mode is restored afterwards.
         loader: batches ``(images, labels)``; fewer samples than asked for are taken as they are.
         encoder: gives the input its time axis; ``None`` for event frames ``[T, N, ...]``.
         samples: the paper's number.
@@ -68,7 +68,8 @@ def spike_statistics(
     def counting(name: str):
         def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
             spikes[name] = spikes.get(name, 0) + int(output.count_nonzero())
-            neurons[name] = output[0, 0].numel()
+            one = output[0] if module.step_mode == "s" else output[0, 0]
+            neurons[name] = one.numel()
 
         return count
 

@@ -176,8 +176,12 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
 
 
 def batch_axis(images: Tensor, labels: Tensor) -> int:
-    """1 where a batch has its time axis already, as event frames ``[T, N, C, H, W]`` do, else 0."""
-    return int(images.dim() == 5 and images.shape[1] == len(labels))
+    """1 where a batch has its time axis already, as event frames ``[T, N, ...]`` do, else 0.
+
+    Where ``T = N`` only frames ``[T, N, C, H, W]`` are known from images.
+    """
+    timed = images.dim() > 2 and images.shape[1] == len(labels)
+    return int(timed and (images.dim() == 5 or len(images) != len(labels)))
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:

@@ -82,9 +82,11 @@ def inspect(
 
     Raises:
         BatchError: an empty loader or a batch that cannot be used.
-        ValueError: an input without time axis, or a student without neurons.
+        ValueError: an input without time axis, a student without neurons, or no examples.
         TapError: pairs that were given and cannot be tapped.
     """
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(device) if device is not None else device_of(student)
@@ -310,8 +312,13 @@ def _examples(
 
 
 def _pictures(images: Tensor, axis: int) -> np.ndarray:
-    """Images ``[N, C, H, W]`` or event frames ``[T, N, C, H, W]``, all steps in one, as colours, uint8."""
+    """Images ``[N, C, H, W]`` or event frames ``[T, N, C, H, W]``, all steps in one, as colours, uint8.
+
+    What has other dimensions is one line of pixels.
+    """
     x = (images.sum(0) if axis == 1 else images).float().cpu().numpy()
+    if x.ndim != 4:
+        x = x.reshape(len(x), 1, 1, -1)
     if x.shape[1] == 2:
         return events.picture(np.maximum(x, 0))
     if x.shape[1] != 3:

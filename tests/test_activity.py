@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -65,6 +65,36 @@ def test_event_frames_need_no_encoder():
     found = spike_statistics(net, [(frames, torch.zeros(3, dtype=torch.long))])
     assert found.T == 10
     assert found.spikes_per_neuron["2"] == 5
+
+
+def test_frames_of_features_are_cut_by_samples_and_not_by_time():
+    frames = torch.full((10, 3, 2), 0.6)
+    frames[:, 1:] = 0
+    batch = [(frames, torch.zeros(3, dtype=torch.long))]
+    found = spike_statistics(two_layers(), batch)
+    assert (found.T, found.samples, found.spikes_per_neuron["1"]) == (10, 3, pytest.approx(5 / 3))
+    found = spike_statistics(two_layers(), batch, samples=1)
+    assert (found.T, found.samples, found.spikes_per_neuron["1"]) == (10, 1, 5)
+
+
+def test_a_loop_over_time_counts_the_same():
+    class Loop(nn.Module):
+        def __init__(self, step):
+            super().__init__()
+            self.step = step
+
+        def forward(self, x):
+            return torch.stack([self.step(image) for image in x])
+
+    torch.manual_seed(0)
+    several = nn.Sequential(layer.Conv2d(1, 4, 3, step_mode="m"), neuron.IFNode(0.2, step_mode="m"))
+    single = nn.Sequential(nn.Conv2d(1, 4, 3), neuron.IFNode(0.2))
+    single.load_state_dict(several.state_dict())
+    x = batches(torch.rand(5, 1, 6, 6))
+    expected = spike_statistics(several, x, DirectEncoder(4))
+    found = spike_statistics(Loop(single), x, DirectEncoder(4))
+    assert found.neurons == {"step.1": 64}
+    assert found.spikes_per_neuron["step.1"] == expected.spikes_per_neuron["1"] > 0
 
 
 def test_no_neuron_or_no_sample_is_an_error():

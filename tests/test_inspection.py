@@ -184,6 +184,18 @@ def test_a_student_without_feature_maps_has_the_rest(tmp_path):
     assert list(arrays) == ["inputs"]
 
 
+@pytest.mark.parametrize("encoder", [DirectEncoder(T), None])
+def test_features_instead_of_images(tmp_path, encoder):
+    net = nn.Sequential(layer.Linear(5, 8), neuron.IFNode(), layer.Linear(8, K))
+    functional.set_step_mode(net, "m")
+    x = torch.rand(6, 5) * 2 - 1
+    batch = (x if encoder else x.expand(T, 6, 5), torch.arange(6) % K)
+    inspect(net, None, None, [batch], encoder, tmp_path, examples=4)
+    found, arrays = read(tmp_path)
+    assert (found["T"], found["samples"], len(found["examples"])) == (T, 6, 4)
+    assert arrays["inputs"].shape == (4, 1, 5, 3)
+
+
 def test_scores_without_steps_and_a_teacher_without_maps(tmp_path):
     class Whole(nn.Module):
         def __init__(self):
@@ -235,6 +247,7 @@ def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tm
     ("change", "error", "message"),
     [
         ({"loader": []}, BatchError, "gave no batch"),
+        ({"examples": 0}, ValueError, "examples must be at least 1, got 0"),
         ({"encoder": None}, ValueError, r"give an encoder for images \(24, 3, 16, 16\)"),
         ({"pairs": [("features.9", "layer1")]}, TapError, "student tap 'features.9' matches no module"),
     ],
