@@ -92,6 +92,7 @@ def _finish(maps: Tensor, normalise: bool, size: tuple[int, int] | None) -> Tens
     maps = maps.flatten(1)
     if not normalise:
         return maps
-    norm = torch.linalg.vector_norm(maps, dim=1, keepdim=True)
+    # In float64: the squares of a sure teacher's gradients would be 0 in float32.
+    norm = torch.linalg.vector_norm(maps, dim=1, keepdim=True, dtype=torch.float64).to(maps.dtype)
     # A silent layer has the map 0 and no direction: its norm is taken as 1, and no gradient explodes.
     return maps / torch.where(norm > 0, norm, torch.ones_like(norm))

@@ -107,8 +107,9 @@ class Distillation:
                 return logits, []
             seen = self._teacher_taps.collect()
             if self.by_gradient:
-                # Summed, so that a sample's map does not depend on the size of its batch.
-                seen = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), seen)
+                # Summed, so that a sample's map does not depend on the size of its batch. In float64, as
+                # of a sure teacher's p - 1 for the true class float32 leaves a few bits or none.
+                seen = torch.autograd.grad(F.cross_entropy(logits.double(), labels, reduction="sum"), seen)
         finish = gradient_map if self.by_gradient else activation_map
         maps = [
             finish(a.detach(), normalise=self.normalise, size=pair.size) for a, pair in zip(seen, self.pairs)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional
+from torch import nn
 from torch.autograd import gradcheck
 
 from lasnn_sj.attention import activation_map, gradient_map, spike_activation_map, spike_map
+from lasnn_sj.distillation import Distillation
 from lasnn_sj.neurons import LIFNode
 
 E = math.exp(-1)
@@ -32,6 +34,24 @@ def test_gradient_map_of_a_cross_entropy():
     loss = torch.nn.functional.cross_entropy(a.sum((2, 3)), torch.tensor([0]))
     (g,) = torch.autograd.grad(loss, a)
     assert gradient_map(g, normalise=False).tolist() == [[0.5, 0.5]]  # (|1/2 - 1| + |1/2 - 0|) / 2
+
+
+@pytest.mark.parametrize("margin", [1, 10, 20])
+def test_gradient_map_of_a_sure_teacher(margin):
+    """Two pixels are the two logits: d CE / d A = p - 1 and 1 - p of the true class, equally long for any p.
+
+    In float32 p is 1 from a margin of 17 on, and p - 1 of two digits at 10.
+    """
+    linear = nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(2))
+        linear.bias.copy_(torch.tensor([margin, 0.0]))
+    student, teacher = LIFNode(step_mode="m"), nn.Sequential(nn.Identity(), nn.Flatten(), linear)
+    distillation = Distillation(nn.Sequential(student), teacher, "gradient", True, False, [("0", "0")], False)
+    images = torch.zeros(1, 1, 1, 2)
+    distillation.set_taps(images.unsqueeze(0), images, 2)
+    _, (actual,) = distillation.ask_teacher(images, torch.tensor([0]))
+    torch.testing.assert_close(actual, torch.tensor([[0.5, 0.5]]).sqrt())
 
 
 def test_spike_activation_map_of_one_neuron_by_hand():
@@ -87,6 +107,12 @@ def test_normalised_maps_do_not_depend_on_the_scale(make):
     a = torch.rand(3, 4, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(make(a), make(1000 * a), rtol=1e-12, atol=0)
     torch.testing.assert_close(make(a).norm(dim=1), torch.ones(3, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_the_smallest_gradients_are_normalised_too():
+    """Their squares would be 0 in float32."""
+    g = torch.tensor([[[[3e-25, -4e-25]]]])
+    torch.testing.assert_close(gradient_map(g), torch.tensor([[0.6, 0.8]]))
 
 
 def test_a_map_shrinks_by_averaging():

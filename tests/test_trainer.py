@@ -108,7 +108,7 @@ def test_gradient_attention_of_a_step_is_eq_13():
     functional.reset_net(student)
     with teacher.get_submodule("layer1").register_forward_hook(keep(seen, "a")):
         logits = teacher(x.clone().requires_grad_())
-    (g,) = torch.autograd.grad(nn.functional.cross_entropy(logits, y), seen["a"])
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(logits.double(), y), seen["a"])
     parts, _ = trainer.train_step(x, y)
     expected = attention_loss([gradient_map(g)], [spike_activation_map(spikes["s"])])
     torch.testing.assert_close(parts["attention"], 0.45 * expected)
