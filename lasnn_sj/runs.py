@@ -20,6 +20,22 @@ from .neurons import keep_freed_memory
 
 FILE = "config.yaml"
 NO_STUDENT = ("teacher", "ann", "converted_10T")  # stages of LaSNN that leave no spiking network
+FRACTION = ("lie in [0, 1]", lambda n: 0 <= n <= 1)
+# What would else be refused hours later, by the stage that needs it: names of numbers, bounds, test.
+LIMITS = {
+    name: (words, fits)
+    for names, words, fits in (
+        ("seeds workers alpha weight_decay", "be at least 0", lambda n: n >= 0),
+        ("T epochs batch teacher_epochs teacher_batch ann_epochs ann_batch validate_every calibration_images "
+         "calibration_steps classes per_class shrink", "be at least 1", lambda n: n >= 1),
+        ("width teacher_width lr teacher_lr ann_lr gamma threshold_scale temperature default_temperature",
+         "be above 0", lambda n: n > 0),
+        ("dropout ratios", "lie in [0, 1)", lambda n: 0 <= n < 1),
+        ("leak default_probability default_alpha", *FRACTION),
+        ("threshold_statistic", 'be "max" or lie in (0, 100]', lambda n: 0 < n <= 100),
+    )
+    for name in names.split()
+}  # fmt: skip
 LASNN_STUDENTS = ("conv3_linear2", "vgg5", "vgg7", "vgg9", "vgg16", "resnet12", "resnet20")
 
 
@@ -34,6 +50,7 @@ class Run(ABC):
     """
 
     method: ClassVar[str]
+    limits: ClassVar[Mapping[str, tuple]] = LIMITS
 
     seeds: tuple[int, ...] = (0,)
     run_dir: Path = Path("runs/unnamed")
@@ -44,6 +61,9 @@ class Run(ABC):
             raise ValueError("seeds must hold at least one number, got none")
         if self.recipe.seed:
             raise ValueError(f"recipe.seed is set from seeds; give seeds: [{self.recipe.seed}] instead")
+        for prefix, described in (("", self), ("recipe.", self.recipe)):
+            for field in dataclasses.fields(described):
+                self._check_numbers(prefix + field.name, getattr(described, field.name))
 
     @functools.cached_property
     def data(self) -> data.ImageData | events.EventData:
@@ -134,9 +154,22 @@ class Run(ABC):
     def _run_part(self, part: pipeline.Pipeline | reverse.Study) -> Mapping:
         return part.run()
 
+    def _check_numbers(self, key: str, given: object) -> None:
+        words, fits = self.limits.get(key.removeprefix("recipe."), ("", None))
+        for number in given if isinstance(given, tuple) else (given,):
+            if fits and isinstance(number, (int, float)) and not fits(number):
+                raise ValueError(f"{key} must {words}, got {number}")
+
     def _check_device(self) -> None:
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {self.device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {self.device}, but PyTorch sees no CUDA device; give device cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            last = torch.cuda.device_count() - 1
+            raise ValueError(f"device is {self.device}, but the CUDA devices are cuda:0 to cuda:{last}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +213,8 @@ class LaSNN(Run):
 
     def part(self, seed: int) -> pipeline.Pipeline:
         path = self.teacher_checkpoint
+        if path is not None and not path.is_file():
+            raise ValueError(f"teacher_checkpoint: there is no file {path}")
         teacher = None if path is None else models.published_resnet20(path)
         recipe = dataclasses.replace(self.recipe, seed=seed)
         folder = self.run_dir / f"seed{seed}"
@@ -206,6 +241,8 @@ class LaSNN(Run):
 
 class _Reverse(Run):
     """What reverse distillation has in common on images and on event frames."""
+
+    limits: ClassVar[Mapping[str, tuple]] = LIMITS | {"alpha": FRACTION}
 
     @property
     def rows(self) -> list[str]:

@@ -162,6 +162,21 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
     ("method: lasnn\nseeds: []\nrecipe: {}", "seeds must hold at least one number"),
     ("method: lasnn\nseeds: [a]\nrecipe: {}", r"seeds\[0\] must be a whole number, got 'a'"),
     ("method: lasnn\nrecipe: {seed: 3}", r"recipe\.seed is set from seeds; give seeds: \[3\]"),
+    ("method: lasnn\nseeds: [0, -1]\nrecipe: {}", "seeds must be at least 0, got -1"),
+    ("method: lasnn\nrecipe: {T: 0}", r"recipe\.T must be at least 1, got 0"),
+    ("method: lasnn\nrecipe: {epochs: 0}", r"recipe\.epochs must be at least 1, got 0"),
+    ("method: lasnn\nrecipe: {batch: 0}", r"recipe\.batch must be at least 1, got 0"),
+    ("method: lasnn\nrecipe: {lr: .nan}", r"recipe\.lr must be above 0, got nan"),
+    ("method: lasnn\nrecipe: {width: 0}", r"recipe\.width must be above 0, got 0\.0"),
+    ("method: lasnn\nrecipe: {dropout: 1}", r"recipe\.dropout must lie in \[0, 1\), got 1\.0"),
+    ("method: lasnn\nrecipe: {threshold_statistic: 200}", r"threshold_statistic must be \"max\" or lie in"),
+    ("method: lasnn\nteacher_checkpoint: nothing.th\nsource: digits\nrun_dir: RUN\nrecipe: {}",
+     r"teacher_checkpoint: there is no file nothing\.th"),
+    ("method: lasnn\ndevice: gpu\nrecipe: {}", "device must be such as cpu, cuda or cuda:1, got 'gpu'"),
+    ("method: reverse\nshrink: 0\nrecipe: {}", "shrink must be at least 1, got 0"),
+    ("method: reverse\nclasses: 0\nrecipe: {}", "classes must be at least 1, got 0"),
+    ("method: reverse\nrecipe: {alpha: 2}", r"recipe\.alpha must lie in \[0, 1\], got 2\.0"),
+    ("method: reverse\nrecipe: {ratios: [0.5, 1]}", r"recipe\.ratios must lie in \[0, 1\), got 1\.0"),
     ("method: reverse-events\nframing: {T: 0}\nrecipe: {}", r"framing\.T must be a whole .* got 0"),
     ("method: reverse-events\naugment: maybe\nrecipe: {}", "augment must be true or false, got 'maybe'"),
     ("- a\n- b", "must hold keys and values, got list"),
@@ -170,9 +185,10 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
 ])  # fmt: skip
 def test_a_wrong_key_or_value_is_named(text, message, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(text)
-    with pytest.raises(SystemExit, match=f"c.yaml.*{message}"):
+    path.write_text(text.replace("RUN", str(tmp_path)))
+    with pytest.raises(SystemExit, match=message) as stopped:
         cli.main(["train", str(path)])
+    assert "c.yaml" in str(stopped.value) or message.startswith(("device", "teacher_checkpoint"))
 
 
 def test_wrong_overrides_are_named(capsys, monkeypatch):
