@@ -274,8 +274,15 @@ class LaSNNTrainer:
         self._step.prepare(images, labels)
 
     def evaluate(self, loader: Iterable) -> dict[str, float]:
-        """Loss and accuracy of the student; see :func:`evaluate`."""
-        return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
+        """Loss and accuracy of the student; see :func:`evaluate`.
+
+        Random numbers that it draws are given back, so that training does not depend on it.
+        """
+        before = self._progress.random_state()
+        try:
+            return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
+        finally:
+            self._progress.set_random_state(before)
 
     def inspect(self, loader: Iterable) -> Path:
         """Write what a report shows of the student into the run folder, and into TensorBoard.

@@ -197,6 +197,29 @@ def test_evaluation_in_pieces_of_time(readout, chunk):
     assert pieces["top1"] == whole["top1"]
 
 
+def test_evaluation_leaves_training_as_it_was():
+    """Poisson code and the loaders' orders are drawn, of the default generator and of the encoder's own."""
+    own = torch.Generator().manual_seed(5)
+    for encoder in (PoissonEncoder(3), PoissonEncoder(3, own)):
+        student = small_student()
+        trainer = trainer_for(student, small_teacher(), encoder=encoder)
+        before, first = (torch.get_rng_state(), own.get_state()), trainer.evaluate(loader(8))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert torch.equal(own.get_state(), before[1])
+        assert trainer.evaluate(loader(8)) == first
+        assert student.training
+
+
+def test_training_does_not_depend_on_validation():
+    losses = []
+    for every in (1, 2, None):
+        trainer = trainer_for(small_student(), small_teacher(), encoder=PoissonEncoder(3))
+        batches = DataLoader(loader(16).dataset, 8, shuffle=True)
+        history = trainer.fit(batches, batches if every else None, epochs=3, validate_every=every or 1)
+        losses.append([row["loss"] for row in history])
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_readouts():
     potentials = torch.tensor([[[1.0, 0]], [[0, 3]], [[2, 0]]])
     assert class_scores(potentials, 1, "last").tolist() == [[2, 0]]
