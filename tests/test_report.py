@@ -338,6 +338,15 @@ def test_anns_of_several_networks_have_no_mean(tmp_path, undrawn):
     assert "ANN" not in Page(report(tmp_path)).label("Accuracy after t of T time steps").split("over time")[1]
 
 
+def test_every_part_has_a_sheet_of_maps_of_its_own(tmp_path, inspected, undrawn):
+    for recipe in ("recipe_with_a_long_name_1", "recipe_with_a_long_name_2"):
+        for seed in (0, 1, 2):
+            make_run(tmp_path / recipe / f"seed{seed}", inspected, seed, about=recipe)
+    report(tmp_path)
+    sheets = list((tmp_path / "report_pictures").glob("maps_*.png"))
+    assert len(sheets) == 2 * 3 * 2  # recipes, seeds, hybrid and lasnn
+
+
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):
     write(tmp_path / "recipe.json", {"student": "spiking_resnet18", "seed": 0})
     for row, top1 in (("default", 40.0), ("sparse_0.5", 38.0), ("alone", 39.0), ("sparse_0", 37.5)):

@@ -27,15 +27,17 @@ class Tiles:
 def maps(series: Sequence[Series]) -> Iterator[Tiles]:
     """Attention maps of every part that has them: input, then teacher and student at each level."""
     several = len({run.name for line in series for run, _ in line.parts}) > 1
+    found = 0  # titles may be alike where file names are cut
     for line in series:
         for run, part in line.parts:
             title = f"{line.label}, {run.name}" if several and part.path != run.path else line.label
-            tiles = _tiles(part, title)
+            tiles = _tiles(part, title, f"maps_{found}_{file_name(title)}")
             if tiles is not None:
+                found += 1
                 yield tiles
 
 
-def _tiles(part: Part, title: str) -> Tiles | None:
+def _tiles(part: Part, title: str, name: str) -> Tiles | None:
     inputs = part.arrays.get("inputs")
     examples = records(part.inspection.get("examples"))
     if (
@@ -72,7 +74,7 @@ def _tiles(part: Part, title: str) -> Tiles | None:
         return None
     heads = [f"{who}\n{module}" for who, module in columns]
     drawn = charts.sheet(f"Attention maps of {title}", heads, sheet)
-    return Tiles(title, columns, rows, f"maps_{file_name(title)}", drawn)
+    return Tiles(title, columns, rows, name, drawn)
 
 
 def _maps(part: Part, name: str, count: int) -> np.ndarray | None:
