@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import data, models
+from ..checkpoint import check_settings
 from ..neurons import keep_freed_memory
 from ..pipeline import Pipeline
 from ..reverse import Study
@@ -54,12 +56,19 @@ class Place:
         return scales.images(row.dataset, self.scale, self.root, row.reverse)
 
     def teacher(self, row: Row) -> nn.Module:
-        """The teacher of a row's network, of seed 0 for all seeds; trained where it is not there yet."""
+        """The teacher of a row's network, of seed 0 for all seeds; trained where it is not there yet.
+
+        Raises:
+            ValueError: rows in this folder had another teacher, a checkpoint's or one trained here.
+        """
         settings = scales.lasnn(row, self.scale, 0)
         name = settings.recipe.teacher
-        if self._has_ready(row, name):
+        folder, ready = self.run_dir / "teachers" / f"{row.dataset}-{name}", self._has_ready(row, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(self.teacher_checkpoint.read_bytes()).hexdigest() if ready else None
+        check_settings(folder / "checkpoint.json", {"checkpoint": digest})
+        if ready:
             return models.published_resnet20(self.teacher_checkpoint)
-        folder = self.run_dir / "teachers" / f"{row.dataset}-{name}"
         # only what concerns the teacher: the recipe of a folder is compared when it is used again
         recipe = replace(
             settings.recipe, student="vgg5", T=1, attention="activation", encoding="poisson", width=1.0

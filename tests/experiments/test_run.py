@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from lasnn_sj import models
 from lasnn_sj.experiments import ExperimentError, reproduce
 from lasnn_sj.experiments.run import Place, choose
 from lasnn_sj.pipeline import Pipeline
@@ -148,3 +149,15 @@ def test_reduced_rows_that_are_the_same_run_are_run_once():
     assert len(choose("IV", scale="full")) == 15
     assert {row.net for row in choose("II", scale="small")} == {"conv3_linear2", "vgg5"}
     assert {row.dataset for row in choose("1", scale="small")} == {"cifar100"}
+
+
+def test_a_teacher_from_elsewhere_is_not_mixed_in(tmp_path):
+    """Seeds of one row that were taught by a checkpoint and by a teacher trained here would be averaged."""
+    (row,) = choose("IV", ["vgg5/lasnn/activation/resnet20"], "small")
+    path = tmp_path / "resnet20.th"
+    torch.save({"state_dict": models.teacher_resnet20(10).state_dict()}, path)
+    given, none = (Place("small", tmp_path, tmp_path, checkpoint, "cpu") for checkpoint in (path, None))
+    for _ in range(2):
+        given.teacher(row)
+    with pytest.raises(ValueError, match=r"other settings \(checkpoint: there '[0-9a-f]{64}', here None\)"):
+        none.teacher(row)
