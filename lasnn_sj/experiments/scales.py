@@ -109,7 +109,7 @@ def reverse_kd(row: Row, scale: Scale, seed: int) -> Reverse:
     recipe = replace(recipe, student=row.net, seed=seed)
     if scale == "full":
         return Reverse(recipe, T, framing, shrink, "")
-    images = "110 windows of 10 recordings" if on_events else "5,000 images of 10 classes"
+    images = "not augmented" if on_events else "5,000 images of 10 classes"
     parts = [_fewer(scale, images), f"width {recipe.width:g}", f"{recipe.epochs} of 200 epochs"]
     if T != row.T:
         parts.append(f"T {T} of {row.T}")

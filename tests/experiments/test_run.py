@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lasnn_sj import models
-from lasnn_sj.experiments import ExperimentError, reproduce
+from lasnn_sj.experiments import ExperimentError, reproduce, scales
 from lasnn_sj.experiments.run import Place, choose
 from lasnn_sj.pipeline import Pipeline
 from lasnn_sj.reverse import Study
@@ -161,3 +161,12 @@ def test_a_teacher_from_elsewhere_is_not_mixed_in(tmp_path):
         given.teacher(row)
     with pytest.raises(ValueError, match=r"other settings \(checkpoint: there '[0-9a-f]{64}', here None\)"):
         none.teacher(row)
+
+
+def test_what_is_reduced_of_event_recordings():
+    """All recordings that are there are used, however many they are, without augmentation."""
+    (row,) = choose("1", ["dvs-gesture/spiking_resnet18/alone"], "small")
+    settings = scales.reverse_kd(row, "small", 0)
+    assert (settings.T, settings.framing.shrink, settings.recipe.epochs) == (8, 8, 12)
+    assert settings.reduced == "not augmented, width 0.125, 12 of 200 epochs, T 8 of 16, 16 pixels"
+    assert scales.reverse_kd(row, "full", 0).reduced == ""
