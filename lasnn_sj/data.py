@@ -121,7 +121,7 @@ def load(
         download: let torchvision download CIFAR when it is not under ``root``.
 
     Raises:
-        ValueError: an unknown name, or a file without the arrays.
+        ValueError: an unknown name, a file without the arrays, or a folder that is not whole.
         FileNotFoundError: the file or folder is not there.
     """
     if source == "digits":
@@ -252,15 +252,23 @@ def _tiny_imagenet(folder: Path, augment: bool) -> ImageData:
         )
     folders = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     classes = {name: i for i, name in enumerate(folders)}
-    train = [
-        (path, label)
-        for wnid, label in classes.items()
-        for path in sorted((folder / "train" / wnid).rglob("*.JPEG"))
-    ]
-    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-    test = []
-    for line in lines:
-        file, wnid = line.split("\t")[:2]
+    train, test = [], []
+    for wnid, label in classes.items():
+        paths = sorted((folder / "train" / wnid).rglob("*.JPEG"))
+        if not paths:
+            raise ValueError(f"{folder / 'train' / wnid} has no image *.JPEG; unpack the archive again")
+        train += [(path, label) for path in paths]
+    annotations = folder / "val" / "val_annotations.txt"
+    for line in annotations.read_text().splitlines():
+        file, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if not wnid:
+            raise ValueError(f"{annotations}: the line {line!r} must begin with file and class, by tabs")
+        if wnid not in classes:
+            raise ValueError(
+                f"{annotations}: {file} is of the class {wnid!r}, of which {folder / 'train'} has no folder; "
+                f"unpack the archive again"
+            )
         test.append((folder / "val" / "images" / file, classes[wnid]))
     mean, std = STATISTICS["tiny-imagenet"]
     return ImageData(

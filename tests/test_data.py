@@ -344,3 +344,21 @@ def test_a_damaged_image_is_named(tiny):
 def test_a_missing_tiny_imagenet_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tiny-imagenet-200 is not an unpacked tiny-imagenet-200"):
         data.load("tiny-imagenet", tmp_path)
+
+
+def test_a_half_unpacked_tiny_imagenet_folder_is_named(tiny):
+    annotations = tiny / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    whole = annotations.read_text()
+    annotations.write_text(whole + "val_3.JPEG\tn03\t0\t0\t63\t63\n")
+    with pytest.raises(
+        ValueError, match=r"val_annotations\.txt: .*class 'n03', of which .*train has no folder"
+    ):
+        data.load("tiny-imagenet", tiny)
+    annotations.write_text("val_0.JPEG\n")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt: .*'val_0\.JPEG' .* file and class"):
+        data.load("tiny-imagenet", tiny)
+    annotations.write_text(whole)
+    for file in (tiny / "tiny-imagenet-200" / "train" / "n02").rglob("*.JPEG"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"train.n02 has no .*JPEG"):
+        data.load("tiny-imagenet", tiny)
