@@ -79,9 +79,9 @@ class TrainingBatches:
             start: batches to leave out.
             arrive: called once they are behind, before anything of the next batch is made.
         """
-        for sampler in (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler")):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(number - 1)
+        for part in parts_of(self.loader):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(number - 1)
         first = 0
         if self._order is not None:
             self._order.given.clear()
@@ -134,7 +134,7 @@ class _Order:
 
     @property
     def _shares(self) -> bool:
-        return distributed.world_size() > 1 and not isinstance(self._loader.sampler, DistributedSampler)
+        return distributed.world_size() > 1 and not _is_shared(self._loader)
 
     def _share(self) -> Iterator[list[int]]:
         loader, rank, processes = self._loader, distributed.rank(), distributed.world_size()
@@ -147,12 +147,17 @@ class _Order:
         return iter(BatchSampler(mine, loader.batch_size, loader.drop_last))
 
 
-def generator_owners(*loaders: Iterable | None) -> list[object]:
-    """Loaders, and those of their parts that may have a random generator of their own."""
-    owners: list[object] = list(loaders)
+def parts_of(*loaders: Iterable | None) -> list[object]:
+    """Loaders, their samplers, batch samplers, the samplers in those, and data sets."""
+    parts: list[object] = list(loaders)
     for name in ("sampler", "batch_sampler", "dataset"):
-        owners += [getattr(loader, name, None) for loader in loaders]
-    return owners + [getattr(owner, "sampler", None) for owner in owners]
+        parts += [getattr(loader, name, None) for loader in loaders]
+    return parts + [getattr(part, "sampler", None) for part in parts]
+
+
+def _is_shared(loader: DataLoader) -> bool:
+    """Whether its own sampler gives each process a share."""
+    return any(isinstance(part, DistributedSampler) for part in parts_of(loader))
 
 
 def evaluation_share(loader: Iterable) -> Iterable:
@@ -164,13 +169,15 @@ def evaluation_share(loader: Iterable) -> Iterable:
     rank, processes = distributed.rank(), distributed.world_size()
     if processes == 1:
         return loader
-    if not _can_be_rebuilt(loader) or loader.batch_size is None:
+    shared = _can_be_rebuilt(loader) and _is_shared(loader)
+    if not shared and (not _can_be_rebuilt(loader) or loader.batch_size is None):
         return itertools.islice(loader, rank, None, processes)
-    if isinstance(loader.sampler, DistributedSampler):
+    if shared:
         order = range(len(loader.dataset))
     else:
         order = distributed.from_main(list(loader.sampler) if rank == 0 else None)
-    return _rebuilt(loader, BatchSampler(order[rank::processes], loader.batch_size, drop_last=False))
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    return _rebuilt(loader, BatchSampler(order[rank::processes], batch_size, drop_last=False))
 
 
 def _can_be_rebuilt(loader: Iterable) -> bool:

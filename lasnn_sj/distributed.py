@@ -102,6 +102,12 @@ def from_main(value: object) -> object:
     return box[0]
 
 
+def take_from_main(tensor: Tensor) -> None:
+    """Fill a tensor, in place, with what process 0 has in it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
 def of_all(value: object) -> list:
     """Every process' value, in order of rank."""
     if world_size() == 1:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import distributed, inspection, nonfinite, objectives, taps
-from .batches import Batch, TrainingBatches, generator_owners
+from .batches import Batch, TrainingBatches, parts_of
 from .callbacks import Callback, TensorBoard, show_inspection
 from .distillation import Distillation
 from .evaluation import check_batch, check_labels, device_of, evaluate
@@ -218,7 +218,7 @@ class LaSNNTrainer:
         """
         _check_count("validate_every", validate_every)
         batches = TrainingBatches(train_loader)
-        self._progress.use_generators([self.encoder, *generator_owners(train_loader, val_loader)])
+        self._progress.use_generators([self.encoder, *parts_of(train_loader, val_loader)])
         if self.run_dir is not None:
             self._folder = RunFolder(self.run_dir, self.checkpoint_every)
             self._folder.check_settings(self.settings())
@@ -348,6 +348,8 @@ class LaSNNTrainer:
         if epoch.metrics is None:
             gave = f"only batches that were left out, {epoch.skipped}" if epoch.skipped else "no batch"
             raise BatchError(f"the training loader gave {gave} in epoch {epoch.number}")
+        for buffer in self.student.buffers():  # batch norm's: the main process' are used and saved
+            distributed.take_from_main(buffer)
         row = {"epoch": epoch.number} | epoch.metrics.compute() | {"lr": self._lr, "seconds": epoch.seconds}
         return row | ({"skipped": epoch.skipped} if epoch.skipped else {})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, distributed, models
 from lasnn_sj.batches import TrainingBatches
@@ -132,7 +132,26 @@ class Answer(nn.Module):
         return nn.functional.one_hot(x[:, 0].long(), K).float()
 
 
-@pytest.mark.parametrize("kind", ["plain", "distributed sampler", "list"])
+def test_batch_norm_is_evaluated_as_it_is_saved(tmp_path):
+    """Its running statistics are process 0's, on all processes."""
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, K))
+
+    def run(rank):
+        trainer = LaSNNTrainer(net(), attention=None, seed=0)
+        history = trainer.fit(loader(24, batch=4), loader(13), epochs=1)
+        return history[0]["val_loss"], {n: t.clone() for n, t in trainer.student.state_dict().items()}
+
+    (loss, weights), (_, other) = together(run)
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+    saved = net()
+    saved.load_state_dict(weights)
+    assert evaluate(saved, loader(13))["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed sampler", "in a batch sampler", "list"])
 def test_evaluation_counts_every_sample_once(kind):
     """5 samples, 3 of them right, in batches of 2: padding to 6 would count one twice."""
     x, y = torch.tensor([[0.0], [1], [2], [3], [0]]), torch.tensor([0, 1, 2, 0, 1])
@@ -140,6 +159,9 @@ def test_evaluation_counts_every_sample_once(kind):
     def batches():
         if kind == "distributed sampler":
             return DataLoader(TensorDataset(x, y), 2, sampler=DistributedSampler(TensorDataset(x, y), 2, 0))
+        if kind == "in a batch sampler":
+            sampler = DistributedSampler(TensorDataset(x, y), 2, torch.distributed.get_rank())
+            return DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(sampler, 2, False))
         plain = DataLoader(TensorDataset(x, y), 2)
         return plain if kind == "plain" else list(plain)
 
@@ -170,10 +192,15 @@ def test_samples_are_shared_out_in_the_order_of_one():
     assert first[3] + second[3] == [*whole[3], whole[0][0]]
 
 
-def test_a_distributed_sampler_is_told_the_epoch():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_distributed_sampler_is_told_the_epoch(wrapped):
     def run(rank):
         sampler = DistributedSampler(data(8), shuffle=True, seed=1)
-        batches = TrainingBatches(DataLoader(data(8), 2, sampler=sampler))
+        batch_sampler = BatchSampler(sampler, 2, False)
+        if wrapped:
+            batches = TrainingBatches(DataLoader(data(8), batch_sampler=batch_sampler))
+        else:
+            batches = TrainingBatches(DataLoader(data(8), 2, sampler=sampler))
         return [[b.indices for b in batches.epoch(number, 0, lambda: None)] for number in (1, 2)]
 
     first, second = together(run)
