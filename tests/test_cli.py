@@ -181,6 +181,7 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
     ("method: reverse-events\naugment: maybe\nrecipe: {}", "augment must be true or false, got 'maybe'"),
     ("- a\n- b", "must hold keys and values, got list"),
     ("a: [", "is no YAML"),
+    ("method: lasnn\nrecipe:\n  epochs: 3\n  T: 4\n  epochs: 5", "key epochs is there twice"),
     ("a: !!python/object/apply:os.system ['true']", "is no YAML"),
 ])  # fmt: skip
 def test_a_wrong_key_or_value_is_named(text, message, tmp_path):
