@@ -366,6 +366,10 @@ def test_a_path_that_is_no_folder_is_named(tmp_path):
         report([tmp_path, tmp_path / "a_file"])
     with pytest.raises(ValueError, match="at least one run folder"):
         report([])
+    with pytest.raises(
+        ValueError, match="out must be the page to write, such as .*report.html, got a folder"
+    ):
+        report(tmp_path, tmp_path)
 
 
 def test_an_empty_folder(tmp_path):

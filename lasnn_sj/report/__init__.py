@@ -34,11 +34,13 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
 
     Raises:
         NotADirectoryError: a path that is no folder.
-        ValueError: no folder at all.
+        ValueError: no folder at all, or a folder as ``out``.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
     if not folders:
         raise ValueError("report needs at least one run folder, got none")
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out must be the page to write, such as {Path(out) / 'report.html'}, got a folder")
     runs = reading.read(folders)
     if out is None:
         out = Path(os.path.commonpath([folder.resolve() for folder in folders])) / "report.html"

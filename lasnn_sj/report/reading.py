@@ -166,7 +166,7 @@ def _read_run(path: Path, config: str | None) -> Run:
     places = [path] * _is_part(path) + inside
     if not places:
         run.notes.append(
-            f"{path}: nothing of a run is in here (none of {', '.join(FILES[:5])}, here or one folder below)"
+            f"{path}: nothing of a run is in here (none of {', '.join(FILES[:5])}, here or below)"
         )
     run.parts = [_read_part(place, path, stages and place != path, run.notes) for place in places]
     unseen = [
