@@ -12,7 +12,6 @@ from spikingjelly.activation_based import base, functional, layer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .encoding import PoissonEncoder
 from .models.layers import Conv2d
 from .models.resnet import Block
 from .neurons import IntegratorNode, LIFNode, TimeLoopNode
@@ -326,10 +325,3 @@ def _largest_input(
                 pass
             left -= steps
     return peak
-
-
-def calibration_encoder(encoder: nn.Module, T: int) -> nn.Module:
-    """An encoder of the same kind for ``T`` steps, as balancing wants more steps than training."""
-    if isinstance(encoder, PoissonEncoder):
-        return PoissonEncoder(T, encoder.generator)
-    return type(encoder)(T)

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional, layer
 from torch import nn
 
 from lasnn_sj import data, models
-from lasnn_sj.conversion import ConversionError, balance_thresholds, calibration_encoder, convert
+from lasnn_sj.conversion import ConversionError, balance_thresholds, convert
 from lasnn_sj.encoding import DirectEncoder, PoissonEncoder
 from lasnn_sj.neurons import IntegratorNode, LIFNode, TimeLoopNode
 
@@ -316,14 +316,6 @@ def test_a_network_in_single_step_mode_is_refused(vgg_case):
     functional.set_step_mode(snn, "s")
     with pytest.raises(ValueError, match=r"neuron 'features\.0\.neuron' is in step mode 's'"):
         balance_thresholds(snn, images, DirectEncoder(2))
-
-
-def test_calibration_wants_the_same_code_for_another_number_of_steps():
-    generator = torch.Generator()
-    encoder = calibration_encoder(PoissonEncoder(5, generator), 70)
-    assert isinstance(encoder, PoissonEncoder)
-    assert (encoder.T, encoder.generator) == (70, generator)
-    assert isinstance(calibration_encoder(DirectEncoder(5), 8), DirectEncoder)
 
 
 # ---- convert ----
