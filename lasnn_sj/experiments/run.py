@@ -163,7 +163,7 @@ def reproduce(
     Args:
         table: ``"I"`` to ``"IV"``, ``"Fig3"`` to ``"Fig7"`` (LaSNN), ``"1"`` to ``"3"`` (reverse
             distillation).
-        rows: only rows whose name is one of these or begins with one of these and a slash; all rows, or
+        rows: only rows whose name has one of these between its slashes, as ``"vgg5/lasnn"``; all rows, or
             at a reduced scale those of the networks that fit it, if none is given.
         scale: ``"full"``, the paper's settings; ``"small"``, about an hour of two cores; ``"smoke"``, a test.
         seeds: how many, from 0 on.
