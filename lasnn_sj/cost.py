@@ -29,6 +29,7 @@ class Cost:
 
     def __enter__(self) -> Cost:
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what is still running is earlier work
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _reset_resident_peak()

@@ -14,6 +14,17 @@ def test_seconds():
     assert 0.05 <= cost.seconds < 1
 
 
+def test_work_that_a_device_still_has_is_not_counted(monkeypatch):
+    queued = [0.2]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(queued.pop() if queued else 0))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 20)
+    with Cost("cuda") as cost:
+        pass
+    assert cost.seconds < 0.1
+    assert cost.peak_memory_mib == 3
+
+
 @pytest.mark.skipif("not __import__('sys').platform.startswith('linux')")
 def test_peak_memory_sees_what_was_freed_again_and_forgets_earlier_work():
     with Cost() as large:
