@@ -114,13 +114,15 @@ class ChunkTaps(StudentTaps):
         """The piece's mean map, and the output times its dropout mask."""
         value, _ = super().read(module, output)
         place, mask = self._places[module], self._masks.pop(module, None)
-        spikes = output.to(value.dtype)
-        steps = torch.arange(len(output), device=output.device, dtype=value.dtype)
-        trace = self.traces[place]
-        if trace is not None:
-            value = value + trace * torch.einsum("t,t...->...", TRACE_DECAY**steps, spikes) / len(output)
-        kept = spikes if self.through_trace else spikes.detach()
-        late = torch.einsum("t,t...->...", TRACE_DECAY ** (len(output) - steps), kept)
+        with torch.autocast(output.device.type, enabled=False):  # einsum would be cast to half precision
+            spikes = output.to(value.dtype)
+            steps = torch.arange(len(output), device=output.device, dtype=value.dtype)
+            trace = self.traces[place]
+            if trace is not None:
+                decayed = torch.einsum("t,t...->...", TRACE_DECAY**steps, spikes)
+                value = value + trace * decayed / len(output)
+            kept = spikes if self.through_trace else spikes.detach()
+            late = torch.einsum("t,t...->...", TRACE_DECAY ** (len(output) - steps), kept)
         self.traces = [*self.traces]
         self.traces[place] = late if trace is None else late + TRACE_DECAY ** len(output) * trace
         return value, output if mask is None else output * mask

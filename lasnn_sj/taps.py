@@ -321,6 +321,7 @@ class StudentTaps(_Taps):
         self.what, self.through_trace = what, through_trace
         modules = {name: student.get_submodule(name) for name in names}
         self._nodes = [m for m in modules.values() if isinstance(m, TimeLoopNode)]
+        self._before: list[tuple[tuple[str, ...], bool]] = []
         for name, module in modules.items():
             if what == "activation_map" and not isinstance(module, TimeLoopNode):
                 raise TapError(
@@ -334,17 +335,18 @@ class StudentTaps(_Taps):
         recorded = getattr(module, "recorded", {})
         if self.what in recorded:
             return recorded[self.what], None
-        return output.mean(0), None
+        return output.mean(0, dtype=torch.promote_types(output.dtype, torch.float32)), None
 
     def __enter__(self) -> StudentTaps:
+        self._before = [(node.record, node.through_trace) for node in self._nodes]
         for node in self._nodes:
             node.record, node.through_trace = (self.what,), self.through_trace
         return super().__enter__()
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
-        for node in self._nodes:
-            node.record, node.recorded, node.through_trace = (), {}, False
+        for node, (record, through_trace) in zip(self._nodes, self._before):
+            node.record, node.recorded, node.through_trace = record, {}, through_trace
 
 
 class TeacherTaps(_Taps):

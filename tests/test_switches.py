@@ -10,8 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj.forward import ChunkTaps, StudentForward
+from lasnn_sj.neurons import LIFNode
 from lasnn_sj.nonfinite import NonFiniteError
 from lasnn_sj.objectives import BatchError, CrossEntropy
+from lasnn_sj.taps import StudentTaps
 
 K, T = 4, 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -136,6 +139,36 @@ def test_half_precision_has_the_losses_of_float32(precision, tolerance, attentio
     assert scores.dtype == torch.float32
     assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
     assert not torch.equal(scores, one[2])  # else nothing was cast
+
+
+@pytest.mark.parametrize("through_trace", [False, True])
+def test_maps_of_pieces_are_float32_in_half_precision(through_trace):
+    """The same spikes, whole and in pieces: maps must agree far better than bfloat16's 8 bits."""
+    node = LIFNode(step_mode="m")
+    x = torch.rand(T, 2, 3, 4, 4, generator=torch.Generator().manual_seed(2)).bfloat16() * 2
+    student = nn.Sequential(node)
+    maps = []
+    for make_taps, chunks in (
+        (lambda: StudentTaps(student, ["0"], "activation_map", through_trace), 1),
+        (lambda: ChunkTaps(student, ["0"], through_trace), 3),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            forward = StudentForward(Scores(student), make_taps(), chunks)
+            maps.append(forward(x)[1][0])
+        functional.reset_net(student)
+    assert maps[1].dtype == torch.float32
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-5, atol=0)
+
+
+class Scores(nn.Module):
+    """Class scores [T, N, K] of a network's spikes."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).mean((3, 4))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

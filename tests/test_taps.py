@@ -126,6 +126,25 @@ def test_firing_rate_is_the_mean_of_the_spikes(stock):
     torch.testing.assert_close(rate, spikes.mean(0))
 
 
+def test_firing_rates_of_half_precision_are_float32():
+    """100 spikes or less have a mean that bfloat16 rounds by up to 0.4 %."""
+    student = nn.Sequential(neuron.IFNode(step_mode="m"))
+    tap = taps.StudentTaps(student, ["0"], "firing_rate")
+    with tap:
+        spikes = student((torch.rand(100, 2, 3, 4, 4) * 0.6).bfloat16())
+        (rate,) = tap.collect()
+    assert spikes.dtype == torch.bfloat16
+    torch.testing.assert_close(rate, spikes.float().mean(0), rtol=1e-6, atol=0)
+
+
+def test_what_a_node_records_for_somebody_else_is_recorded_again_afterwards():
+    node = LIFNode(step_mode="m")
+    node.record, node.through_trace = ("activation_map",), True
+    with taps.StudentTaps(nn.Sequential(node), ["0"], "firing_rate"):
+        assert (node.record, node.through_trace) == (("firing_rate",), False)
+    assert (node.record, node.through_trace) == (("activation_map",), True)
+
+
 def test_activation_map_of_the_loop_equals_the_one_of_the_spikes():
     student = nn.Sequential(LIFNode(step_mode="m"))
     tap = taps.StudentTaps(student, ["0"], "activation_map")
