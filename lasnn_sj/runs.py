@@ -19,7 +19,8 @@ from .evaluation import evaluate
 from .neurons import keep_freed_memory
 
 FILE = "config.yaml"
-NO_STUDENT = ("teacher", "ann", "converted_10T")  # stages of LaSNN that leave no spiking network
+# Stages of LaSNN that leave no spiking network.
+NO_STUDENT = ("teacher", "ann", "converted_10T", "calibrated")
 FRACTION = ("lie in [0, 1]", lambda n: 0 <= n <= 1)
 # What would else be refused hours later, by the stage that needs it: names of numbers, bounds, test.
 LIMITS = {
@@ -108,9 +109,10 @@ class Run(ABC):
         self._check_device()
         done = self.finished(seed)
         if row not in done:
+            what = "keeps no network of" if self._row(row.replace(" ", "_")) is None else "has no finished"
             raise FileNotFoundError(
-                f"{self.run_dir} has no finished {row!r} of seed {seed}; finished are "
-                f"{', '.join(done) or 'none'}. Train again to finish what is missing"
+                f"{self.run_dir} {what} {row!r} of seed {seed}; finished are {', '.join(done) or 'none'}"
+                + ("" if what.startswith("keeps") else ". Train again to finish what is missing")
             )
         return self.part(seed).student(row)
 
@@ -201,7 +203,8 @@ class LaSNN(Run):
         super().__post_init__()
         for key, given, known in (
             ("recipe.student", (self.recipe.student,), LASNN_STUDENTS),
-            ("stages", self.stages, tuple(pipeline.TITLES)),
+            # spike_kd needs an SNN that teaches, which only Python can give
+            ("stages", self.stages, tuple(stage for stage in pipeline.TITLES if stage != "spike_kd")),
         ):
             for name in given:
                 if name not in known:

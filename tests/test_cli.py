@@ -116,6 +116,11 @@ def test_evaluate_repeats_the_training_s_result(trained, capsys):
             ]
 
 
+def test_a_run_s_own_rows_are_those_that_keep_a_network():
+    run = runs.LaSNN(recipe=Recipe(), stages=("lasnn", "label_kd", "calibrated"))
+    assert run.rows == ["label_kd"]
+
+
 def test_export_writes_what_hard_reset_trained(trained, capsys, tmp_path):
     nir = pytest.importorskip("nir")
     cli.main(["export", str(trained["smoke_reverse_digits"]), str(tmp_path / "s.nir"), "--row", "alone"])
@@ -132,6 +137,10 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
         SystemExit, match=r"no finished 'sparse 0.5' of seed 3; finished are alone, default, sparse 0.3"
     ):
         cli.main(["evaluate", folder, "sparse 0.5"])
+    with pytest.raises(
+        SystemExit, match=r"keeps no network of 'calibrated' of seed 3; finished are .*start$"
+    ):
+        cli.main(["evaluate", str(trained["smoke_digits"]), "calibrated"])
     with pytest.raises(SystemExit, match="no config.yaml; give the folder"):
         cli.main(["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds a run with other settings .*epochs: there 1, here 2"):
@@ -156,6 +165,7 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
      r"recipe\.attention must be 'activation' or 'gradient', got 'gradeint'; did you mean gradient\?"),
     ("method: lasnn\nrecipe: {threshold_statistic: mx}", r"be 'max' or a number, got 'mx'; .* max\?"),
     ("method: lasnn\nrecipe: {student: vgg55}", r"recipe\.student: there is no 'vgg55'; did you mean vgg5\?"),
+    ("method: lasnn\nstages: [lasnn, spike_kd]\nrecipe: {}", "stages: there is no 'spike_kd'"),
     ("method: lasnn\nstages: [teachr]\nrecipe: {}", r"stages: there is no 'teachr'; did you mean teacher\?"),
     ("method: lasnn\ntrain_images: many\nrecipe: {}", "train_images must be a whole number or null"),
     ("method: lasnn\nseeds: 3\nrecipe: {}", r"seeds must be a list, as \[3\], got 3"),
