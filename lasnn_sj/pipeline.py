@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 CHUNK = 32  # time steps of an evaluation in memory at once
 STAGES = ("teacher", "ann", "converted", "converted_10T", "start", "hybrid", "lasnn")
+NEEDS = {
+    "converted": "ann", "converted_10T": "converted", "calibrated": "ann", "start": "converted",
+    "hybrid": "start", "label_kd": "start", "spike_kd": "start", "lasnn": "start",
+}  # fmt: skip
 TITLES = {
     "teacher": "teacher",
     "ann": "intermediate ANN",
@@ -203,6 +207,7 @@ class Pipeline:
         path = self.run_dir / stage / "result.json"
         if path.exists():
             return json.loads(path.read_text())
+        self._prepare(stage)
         log.info("stage %s of %s", stage, self.run_dir)
         path.parent.mkdir(exist_ok=True)
         # What a stage gives must not depend on which others this process has run: calibration images are
@@ -215,6 +220,16 @@ class Pipeline:
         part.write_text(json.dumps(result, indent=1) + "\n")
         part.replace(path)
         return result
+
+    def _prepare(self, stage: str) -> None:
+        """Run what a stage needs first: its time is its own."""
+        if stage == "spike_kd" and self._snn_teacher is None:
+            raise ValueError("the stage spike_kd needs an SNN that teaches: give Pipeline an snn_teacher")
+        needed = NEEDS.get(stage)
+        if needed is not None and not (needed == "ann" and self._ann is not None):
+            self._stage(needed)
+        if stage in ("label_kd", "lasnn") and self._given is None:
+            self._stage("teacher")
 
     def _run_teacher(self, folder: Path) -> dict[str, float]:
         r = self.recipe
@@ -281,8 +296,6 @@ class Pipeline:
         return self._train_snn(folder, LabelKD(), self.teacher())
 
     def _run_spike_kd(self, folder: Path) -> dict[str, float]:
-        if self._snn_teacher is None:
-            raise ValueError("the stage spike_kd needs an SNN that teaches: give Pipeline an snn_teacher")
         return self._train_snn(folder, SpikeKD(self._snn_teacher))
 
     def _run_lasnn(self, folder: Path) -> dict[str, float]:

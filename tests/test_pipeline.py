@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lasnn_sj import data, models
+from lasnn_sj.cost import Cost
 from lasnn_sj.evaluation import device_of
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.pipeline import STAGES, Pipeline, Recipe, table
@@ -94,6 +95,26 @@ def test_a_stage_does_not_depend_on_what_ran_before(finished, digits, tmp_path):
     assert thresholds[0] == thresholds[1]
 
 
+def test_the_cost_of_a_stage_is_not_that_of_those_it_needs(digits, tmp_path, monkeypatch):
+    """A stage that begins runs alone: none of another is measured within it."""
+    measured = []
+
+    class Alone(Cost):
+        def __enter__(self):
+            assert "running" not in measured
+            measured.append("running")
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            measured[-1] = "done"
+
+    monkeypatch.setattr("lasnn_sj.pipeline.Cost", Alone)
+    recipe = dataclasses.replace(TINY, ann_epochs=2)
+    Pipeline(recipe, digits, tmp_path).run(["lasnn"])
+    assert measured == ["done"] * 5  # teacher, ann, converted, start, lasnn
+
+
 def test_another_recipe_or_data_set_is_refused(finished, digits):
     folder, _ = finished
     with pytest.raises(ValueError, match="T: there 2, here 3"):
@@ -159,6 +180,12 @@ def test_given_networks_are_brought_to_the_device(digits, tmp_path, monkeypatch)
     }
     Pipeline(TINY, digits, tmp_path, **given, device="meta").run(("teacher", "ann"))
     assert seen == [(torch.device("meta"), torch.device("meta"))] * 2
+
+
+def test_spike_kd_without_a_teacher_is_refused_before_anything_is_trained(digits, tmp_path):
+    with pytest.raises(ValueError, match="spike_kd needs an SNN that teaches"):
+        Pipeline(TINY, digits, tmp_path).run(("spike_kd",))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
 def test_unknown_stages(finished, digits):
