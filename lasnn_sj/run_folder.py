@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -79,17 +80,36 @@ class RunFolder:
         if not self._rows:
             return
         rows, self._rows = self._rows, []
-        names = list(rows[0][1])
-        values = torch.stack([torch.stack([parts[name].float() for name in names]) for _, parts in rows])
+        names = list(dict.fromkeys(itertools.chain.from_iterable(parts for _, parts in rows)))
+        none = torch.full_like(next(iter(rows[0][1].values())), torch.nan)
+        values = torch.stack(
+            [torch.stack([parts.get(name, none).float() for name in names]) for _, parts in rows]
+        )
         values = (distributed.total(values) / distributed.world_size()).tolist()
         if not distributed.is_main():
             return
         path = self.path / "steps.csv"
+        head = self._widen(path, names)
         with open(path, "a", newline="") as file:
             table = csv.writer(file)
-            if file.tell() == 0:
-                table.writerow(["step", "epoch", "lr", "loss", *names])
-            table.writerows([*where, sum(losses), *losses] for (where, _), losses in zip(rows, values))
+            for (where, _), losses in zip(rows, values):
+                there = {name: loss for name, loss in zip(names, losses) if not math.isnan(loss)}
+                table.writerow([*where, sum(there.values()), *(there.get(name, "") for name in head[4:])])
+
+    @staticmethod
+    def _widen(path: Path, names: Sequence[str]) -> list[str]:
+        """The table's columns, once it has all that are wanted; an objective may change its parts."""
+        head, rows = ["step", "epoch", "lr", "loss"], []
+        if path.exists():
+            with open(path, newline="", errors="replace") as file:
+                lines = csv.reader(file)
+                there = next(lines, head)
+                if there[4:] and set(names) <= set(there):
+                    return there
+                head, rows = there, list(lines)
+        new = [name for name in names if name not in head]
+        checkpoint.write_text(path, _csv([head + new, *(row + [""] * len(new) for row in rows)]))
+        return head + new
 
     def close(self) -> None:
         """Write what an error has left waiting, if this process can do so alone."""

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lasnn_sj import Callback
 from lasnn_sj.checkpoint import CheckpointError
+from lasnn_sj.objectives import CrossEntropy
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "robustness.py"
 spec = importlib.util.spec_from_file_location("robustness", PATH)
@@ -228,6 +229,38 @@ class Told(Callback):
 
     def on_fit_end(self):
         self.calls.append(("end",))
+
+
+class WarmUp(CrossEntropy):
+    """A part of the loss that comes with the second epoch, and one that ends with the first."""
+
+    def __init__(self, calls):
+        object.__setattr__(self, "calls", calls)
+
+    def __call__(self, signals):
+        object.__setattr__(self, "calls", self.calls + 1)
+        ce = super().__call__(signals)["ce"]
+        return {"ce": ce} | ({"early": 2 * ce} if self.calls <= STEPS else {"late": 3 * ce})
+
+
+@pytest.mark.parametrize("stops", [[None], [STEPS + 4, None]])
+def test_every_part_of_the_loss_is_in_the_table(tmp_path, stops):
+    steps = 0
+    for step in stops:
+        objective = WarmUp(steps)
+        trainer = make_trainer(tmp_path, checkpoint_every=1, objective=objective, callbacks=[StopAt(step)])
+        try:
+            trainer.fit(make_loader(), epochs=2)
+        except Stop:
+            steps = step - 1
+    table = rows(tmp_path / "steps.csv")
+    assert list(table[0]) == ["step", "epoch", "lr", "loss", "ce", "early", "attention", "late"]
+    assert len(table) == 2 * STEPS
+    for row in table:
+        first = row["epoch"] == "1"
+        assert (row["early"] == "", row["late"] == "") == (not first, first)
+        factor = 3 if first else 4
+        assert float(row["loss"]) == pytest.approx(factor * float(row["ce"]) + float(row["attention"]))
 
 
 def test_callbacks_are_told():
