@@ -34,7 +34,7 @@ class Run:
         T: numbers of time steps; the network is calibrated for each.
         images: training images in the batch that calibrates.
         test_images: test images.
-        seed: of the batch.
+        seed: of the batch and its augmentation.
         device: "cpu", "cuda", ...
     """
 
@@ -55,6 +55,7 @@ def main(run: Run) -> None:
     cifar = data.load(run.source, run.root).subset(None, run.test_images)
     ann = models.published_resnet20(run.checkpoint).to(run.device)
     train, test = cifar.loaders(run.images, seed=run.seed)
+    torch.manual_seed(run.seed)  # the batch is augmented
     images = next(iter(train))[0].to(run.device)
     lines = [("T", "ann", "plain conversion", "calibrated")]
     top1 = evaluate(ann, test)["top1"]
