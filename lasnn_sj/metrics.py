@@ -27,7 +27,8 @@ class EpochMetrics:
     def update(self, parts: dict[str, Tensor], scores: Tensor, labels: Tensor) -> None:
         """A step's parts of the loss, class scores ``[N, K]`` and labels ``[N]``."""
         self.correct.update(scores, labels)
-        for name, part in {"loss": sum(parts.values()), **parts}.items():
+        loss = {"loss": sum(parts.values())}
+        for name, part in (loss | parts | loss).items():  # first, and the sum even where a part is called so
             self._loss(name).update(part, len(labels))
 
     def compute(self, together: bool = True) -> dict[str, float]:

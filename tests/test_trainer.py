@@ -13,7 +13,7 @@ from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.attention import activation_map, gradient_map, spike_activation_map
 from lasnn_sj.checkpoint import CheckpointError
 from lasnn_sj.evaluation import evaluate
-from lasnn_sj.objectives import BatchError, attention_loss, class_scores
+from lasnn_sj.objectives import BatchError, CrossEntropy, attention_loss, class_scores
 from lasnn_sj.taps import TapError
 
 K = 4
@@ -95,6 +95,31 @@ def test_the_loss_of_a_step_is_eq_8():
     )
     torch.testing.assert_close(parts["ce"], nn.functional.cross_entropy(potentials[-1], y))
     torch.testing.assert_close(parts["attention"], 0.3 * expected)
+
+
+def test_the_loss_reported_is_the_sum_whatever_its_parts_are_called(tmp_path):
+    class Named(CrossEntropy):
+        def __call__(self, signals):
+            return {"loss": super().__call__(signals)["ce"]}
+
+    trainer = trainer_for(small_student(), small_teacher(), tmp_path, objective=Named(), alpha=10.0)
+    (row,) = trainer.fit(loader(8), epochs=1)
+    assert row["loss"] > row["attention"] > 1
+    (step,) = csv.DictReader(open(tmp_path / "steps.csv"))
+    assert float(step["loss"]) == pytest.approx(row["loss"])
+
+
+def test_loss_and_accuracy_are_means_over_samples():
+    """20 images in batches of 7, 7 and 6, each in three pieces; a student that stays as it is."""
+    student = small_student(dropout=0.0)
+    optimizer = torch.optim.SGD(student.parameters(), 0.0)
+    trainer = LaSNNTrainer(
+        student, attention=None, encoder=DirectEncoder(3), optimizer=optimizer, accumulate=3
+    )
+    (row,) = trainer.fit(loader(20, 7), epochs=1)
+    expected = trainer.evaluate(loader(20, 20))
+    assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert row["top1"] == pytest.approx(expected["top1"], rel=1e-6)
 
 
 def test_gradient_attention_of_a_step_is_eq_13():
