@@ -157,7 +157,8 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
         BatchError: not a pair of tensors, no sample, NaN or infinity, labels that are no whole numbers.
     """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise BatchError(f"{where}: the loader must give (images, labels), got {type(batch).__name__}")
+        many = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise BatchError(f"{where}: the loader must give (images, labels), got {type(batch).__name__}{many}")
     images, labels = batch
     if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         raise BatchError(
@@ -170,7 +171,7 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
         )
     if not bool(torch.isfinite(images).all()):
         finite = torch.isfinite(images).movedim(batch_axis(images, labels), 0)
-        bad = torch.nonzero(~finite.flatten(1).all(1)).flatten().tolist()
+        bad = torch.nonzero(~finite.reshape(len(finite), -1).all(1)).flatten().tolist()
         raise BatchError(f"{where}: images hold NaN or infinity, in samples {bad[:8]}")
     return images, labels.long()
 

@@ -11,6 +11,7 @@ from lasnn_sj.activity import spike_statistics
 from lasnn_sj.energy import count_operations
 from lasnn_sj.evaluation import accuracy_over_time, evaluate
 from lasnn_sj.neurons import IFNode, IntegratorNode
+from lasnn_sj.objectives import BatchError
 
 
 def identity_layer(width):
@@ -121,6 +122,19 @@ def test_each_layer_keeps_its_own_mode(look):
     assert len(set(before.values())) == 2
     look(net, torch.rand(3, 2))
     assert {name: module.training for name, module in net.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2), torch.arange(2)), r"give \(images, labels\), got tuple of 3"),
+        (torch.zeros(2, 3), r"give \(images, labels\), got Tensor$"),
+        ((torch.tensor([0.0, float("nan")]), torch.arange(2)), r"NaN or infinity, in samples \[1\]"),
+    ],
+)
+def test_a_batch_that_cannot_be_used_is_named(batch, message):
+    with pytest.raises(BatchError, match=f"evaluation batch 0: .*{message}"):
+        evaluate(nn.Linear(3, 3), [batch])
 
 
 class Scores(nn.Module):
