@@ -109,6 +109,9 @@ class TrainingStep:
             signals.teacher_logits, teacher_maps = self.distillation.ask_teacher(images, labels)
             parts = self.objective(signals)
         if self.distillation.attention:
+            if "attention" in parts:
+                name = type(self.objective).__name__
+                raise ValueError(f"{name} names a part of its loss 'attention', as the trainer does its own")
             student_maps = self.distillation.student_maps(seen)
             loss = attention_loss(teacher_maps, student_maps)
             parts = parts | {"attention": self.alpha / 2 * loss}

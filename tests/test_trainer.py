@@ -109,6 +109,15 @@ def test_the_loss_reported_is_the_sum_whatever_its_parts_are_called(tmp_path):
     assert float(step["loss"]) == pytest.approx(row["loss"])
 
 
+def test_an_objectives_part_is_not_replaced_by_the_attention():
+    class Named(CrossEntropy):
+        def __call__(self, signals):
+            return {"attention": super().__call__(signals)["ce"]}
+
+    with pytest.raises(ValueError, match="Named names a part of its loss 'attention', as the trainer does"):
+        trainer_for(small_student(), small_teacher(), objective=Named()).fit(loader(8), epochs=1)
+
+
 def test_loss_and_accuracy_are_means_over_samples():
     """20 images in batches of 7, 7 and 6, each in three pieces; a student that stays as it is."""
     student = small_student(dropout=0.0)
