@@ -99,8 +99,9 @@ def inspect(
                 f"event frames [T, N, C, H, W]"
             )
         small = images.to(device)
-        encoded = small if encoder is None else encoder(small)
-        with torch.no_grad():
+        # so that what follows draws the codes that an evaluation by itself draws
+        with _kept_as_they_were(student, teacher, encoder), torch.no_grad():
+            encoded = small if encoder is None else encoder(small)
             outputs = student(encoded)
         every_step, classes = outputs.dim() == 3, outputs.shape[-1]
         operations = count_operations(student, encoded, events=encoder is None)

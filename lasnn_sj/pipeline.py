@@ -325,6 +325,7 @@ class Pipeline:
         )
         history = trainer.fit(train, test, r.epochs, r.validate_every)
         self._keep(folder, snn)
+        trainer.encoder = self.encoder()  # codes that whoever evaluates the kept network has too
         return inspection.results(trainer.inspect(test)) | _per_epoch(history)
 
     def _examine(self, snn: nn.Module, test: Iterable, T: int | None = None) -> dict[str, object]:

@@ -9,6 +9,7 @@ import torch
 from lasnn_sj import data, models
 from lasnn_sj.cost import Cost
 from lasnn_sj.evaluation import device_of
+from lasnn_sj.evaluation import evaluate
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.pipeline import STAGES, Pipeline, Recipe, table
 
@@ -113,6 +114,18 @@ def test_the_cost_of_a_stage_is_not_that_of_those_it_needs(digits, tmp_path, mon
     recipe = dataclasses.replace(TINY, ann_epochs=2)
     Pipeline(recipe, digits, tmp_path).run(["lasnn"])
     assert measured == ["done"] * 5  # teacher, ann, converted, start, lasnn
+
+
+def test_a_trained_row_s_result_is_that_of_an_evaluation(finished, digits, tmp_path):
+    # random codes: training has drawn many before the row is looked at
+    recipe = dataclasses.replace(TINY, encoding="poisson", T=4)
+    done = Pipeline(TINY, digits, finished[0])
+    pipeline = Pipeline(recipe, digits, tmp_path, teacher=done.teacher(), ann=done.student("ann"))
+    result = pipeline.run(["lasnn"])["lasnn"]
+    _, test = digits.loaders(recipe.batch)
+    again = evaluate(pipeline.student("lasnn"), test, pipeline.encoder())
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    assert again["top1"] == result["top1"]
 
 
 def test_another_recipe_or_data_set_is_refused(finished, digits):
