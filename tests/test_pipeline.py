@@ -8,8 +8,7 @@ import torch
 
 from lasnn_sj import data, models
 from lasnn_sj.cost import Cost
-from lasnn_sj.evaluation import device_of
-from lasnn_sj.evaluation import evaluate
+from lasnn_sj.evaluation import device_of, evaluate
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.pipeline import STAGES, Pipeline, Recipe, table
 
