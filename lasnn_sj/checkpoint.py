@@ -11,13 +11,13 @@ import random
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +244,13 @@ def set_random_state(state: Mapping[str, object]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def generators_of(owners: Iterable[object]) -> list[torch.Generator]:
+    """The random generators that these objects, or parts of these modules, have as ``generator``."""
+    parts = (part for o in owners for part in (o.modules() if isinstance(o, nn.Module) else (o,)))
+    found = (getattr(part, "generator", None) for part in parts)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def seed_everything(seed: int) -> None:

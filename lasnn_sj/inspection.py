@@ -225,16 +225,15 @@ def _kept_as_they_were(
 ) -> Iterator[None]:
     """Evaluation mode inside; modes, neurons' states and random generators of before outside."""
     random_state = checkpoint.random_state()
-    generator = getattr(encoder, "generator", None)
-    generator_state = None if generator is None else generator.get_state()
+    generators = [(g, g.get_state()) for g in checkpoint.generators_of([encoder])]
     networks = [student] if teacher is None else [student, teacher]
     try:
         with evaluating(*networks):
             yield
     finally:
         checkpoint.set_random_state(random_state)
-        if generator_state is not None:
-            generator.set_state(generator_state)
+        for generator, state in generators:
+            generator.set_state(state)
 
 
 def _tap(

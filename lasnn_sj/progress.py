@@ -71,9 +71,8 @@ class Progress:
         self.generators: list[torch.Generator] = []
 
     def use_generators(self, owners: Iterable[object]) -> None:
-        """Let the ``generator`` attributes of these objects belong to the random state."""
-        found = [getattr(owner, "generator", None) for owner in owners]
-        self.generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        """Let the random generators of these objects belong to the random state."""
+        self.generators = checkpoint.generators_of(owners)
 
     def random_state(self) -> dict[str, object]:
         """State of this process' random generators: Python's, NumPy's, PyTorch's, and its own."""

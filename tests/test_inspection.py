@@ -135,13 +135,16 @@ def test_gradient_maps(tmp_path):
     assert np.square(arrays["teacher_0"]).sum((1, 2)) == pytest.approx([1, 1])
 
 
-def test_looking_changes_nothing(tmp_path):
-    encoder = PoissonEncoder(T, torch.Generator().manual_seed(5))
+@pytest.mark.parametrize("part_of_another", [False, True])
+def test_looking_changes_nothing(part_of_another, tmp_path):
+    own = torch.Generator().manual_seed(5)
+    encoder = PoissonEncoder(T, own)
+    encoder = nn.Sequential(encoder) if part_of_another else encoder
     net, the_teacher = student().train(), teacher()
     net.features[1].eval()
     torch.manual_seed(11)
     inspect(net, the_teacher, None, batches(), encoder, tmp_path)
-    after = torch.rand(3), torch.rand(3, generator=encoder.generator)
+    after = torch.rand(3), torch.rand(3, generator=own)
     torch.manual_seed(11)
     assert torch.equal(after[0], torch.rand(3))
     assert torch.equal(after[1], torch.rand(3, generator=torch.Generator().manual_seed(5)))

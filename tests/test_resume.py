@@ -141,9 +141,12 @@ def test_the_same_trainer_goes_on_after_an_interrupt(tmp_path, alone):
 
 
 def test_without_a_run_folder_signals_are_left_alone():
+    # a shell's background jobs begin with it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = make_trainer(None, callbacks=[StopAt(2, lambda: os.kill(os.getpid(), signal.SIGINT))])
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(make_loader(), epochs=1)
+    signal.signal(signal.SIGINT, before)
     assert trainer.step == 2
 
 

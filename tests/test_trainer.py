@@ -234,7 +234,8 @@ def test_evaluation_in_pieces_of_time(readout, chunk):
 def test_evaluation_leaves_training_as_it_was():
     """Poisson code and the loaders' orders are drawn, of the default generator and of the encoder's own."""
     own = torch.Generator().manual_seed(5)
-    for encoder in (PoissonEncoder(3), PoissonEncoder(3, own)):
+    part_of_another = nn.Sequential(nn.Identity(), PoissonEncoder(3, own))
+    for encoder in (PoissonEncoder(3), PoissonEncoder(3, own), part_of_another):
         student = small_student()
         trainer = trainer_for(student, small_teacher(), encoder=encoder)
         before, first = (torch.get_rng_state(), own.get_state()), trainer.evaluate(loader(8))

@@ -71,7 +71,7 @@ def test_nan_is_neither_more_nor_equal():
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize(("kind", "dtype"), enumerate([torch.float32, torch.float16, torch.bfloat16]))
+@pytest.mark.parametrize(("kind", "dtype"), list(enumerate([torch.float32, torch.float16, torch.bfloat16])))
 def test_numbers_are_stored_as_pytorch_rounds_them(kind, dtype, streamed):
     if dtype == torch.float16 and not lanes.HAS_HALVES:
         pytest.skip("this processor has no float16")
