@@ -7,8 +7,9 @@
 Both sides train the same VGG5 student from the same ResNet-20 teacher on Poisson input: encoding, forward,
 activation attention at three levels, backward, Adam. The plain side is what its user would write: stock
 layers, ``neuron.LIFNode`` with soft reset and ATan, forward hooks that average the spikes over time. Times
-are measured in turns in one process; peak memory in a process for each side, above what it took after its
-imports. Writes ``results/train_step_DEVICE.csv`` and ``.png`` (``train_step_DEVICE_ours.*`` for ours alone).
+are measured in turns in one process; peak memory in processes of each side's own (the median of three), above
+what it took after its imports. Writes ``results/train_step_DEVICE.csv`` and ``.png``, for ours alone
+``train_step_DEVICE_ours.*``.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def print_memory(side: str, T: int, batch: int, width: float, device: str, keep:
 
 
 def memory_mib(side: str, T: int, a: argparse.Namespace) -> float:
-    """:func:`print_memory` of a side, from its process."""
+    """:func:`print_memory` of a side, the median of three processes: what a heap keeps is up to chance."""
     command = [
         sys.executable,
         __file__,
@@ -173,10 +174,13 @@ def memory_mib(side: str, T: int, a: argparse.Namespace) -> float:
     ]
     command += ["--device", a.device, "--threads", torch.get_num_threads()]
     command += ["--keep-memory"] if a.keep_memory else []
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"memory of {side}: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
+    peaks = []
+    for _ in range(3):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"memory of {side}: {done.stderr.strip()}")
+        peaks.append(json.loads(done.stdout.splitlines()[-1]))
+    return statistics.median(peaks)
 
 
 def plot(rows: list[dict], path: Path) -> None:
