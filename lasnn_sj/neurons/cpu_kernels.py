@@ -105,18 +105,21 @@ inlined = numba.njit(forceinline=True, error_model="numpy")
 
 @inlined
 def copy(target, source, count):
+    """``target[:count] = source[:count]``."""
     for i in range(count):
         target[i] = source[i]
 
 
 @inlined
 def fill(target, value, count):
+    """``target[:count] = value``."""
     for i in range(count):
         target[i] = value
 
 
 @inlined
 def put(pointer, numbers, streamed):
+    """Store, past the cache if ``streamed``."""
     if streamed:
         stream(pointer, numbers)
     else:
