@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 
@@ -79,30 +77,3 @@ class TensorBoard(Callback):
 
     def on_fit_end(self) -> None:
         self._writer.close()
-
-
-def show_inspection(folder: Path, settings: Mapping[str, object], inspection: Path) -> None:
-    """Add an inspection to TensorBoard: its pictures, and the settings with what came of them (HParams).
-
-    Args:
-        folder: of the event files.
-        settings: of the run; nested ones are flattened, others than numbers become text.
-        inspection: ``inspection.json`` of :func:`~lasnn_sj.inspection.inspect`, its arrays beside it.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    found = json.loads(inspection.read_text())
-    flat = {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    for nested in (value for value in settings.values() if isinstance(value, dict)):
-        flat |= nested
-    flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flat.items()}
-    with SummaryWriter(str(folder)) as writer, np.load(inspection.with_suffix(".npz")) as arrays:
-        writer.add_images("inspection/input", arrays["inputs"], dataformats="NHWC")
-        for name in arrays.files:
-            who, _, level = name.partition("_")
-            if level:
-                maps = arrays[name]
-                bright = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
-                writer.add_images(f"inspection/level {level}, {who}", bright[..., None], dataformats="NHWC")
-        results = {f"result/{name}": found[name] for name in ("top1", "loss", "spikes_per_neuron")}
-        writer.add_hparams(flat, results, run_name=".")

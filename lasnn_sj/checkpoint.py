@@ -1,4 +1,4 @@
-"""A run's folder: its settings, and its checkpoints, each complete and verified or not used at all."""
+"""Checkpoints of a run, each complete and verified or not used at all."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import io
 import json
 import logging
 import os
-import random
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .files import flush, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +75,11 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _flush(part)
+        flush(part)
         if final.exists():
             os.rename(final, old)
         os.rename(part, final)
-        _flush(folder)
+        flush(folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         if not final.exists() and old.exists():
@@ -134,13 +133,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
         CheckpointError: a file is missing, is a link, or is not what the manifest says.
     """
     try:
-        manifest = json.loads(_regular(path / _MANIFEST, at_most=1 << 20))
+        manifest = json.loads(read_regular(path / _MANIFEST, at_most=1 << 20))
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError(f"{_MANIFEST} is not of format {FORMAT}")
         files = {}
         for name in (_WEIGHTS, _STATE):
             said = manifest["files"][name]
-            data = files[name] = _regular(path / name, at_most=said["bytes"])
+            data = files[name] = read_regular(path / name, at_most=said["bytes"])
             if len(data) != said["bytes"] or hashlib.sha256(data).hexdigest() != said["sha256"]:
                 raise ValueError(f"{name} has {len(data)} bytes and is not what was written")
         with zipfile.ZipFile(io.BytesIO(files[_STATE])) as archive:
@@ -160,106 +159,6 @@ def unshared(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; a link in its place is replaced, not followed.
-
-    Raises:
-        OSError: as ``open`` does; the file that was there is intact.
-    """
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with open(descriptor, "w", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
-def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, refused where links lead out of the folder.
-
-    Raises:
-        ValueError: it is elsewhere.
-    """
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{path} is a link to {path.resolve()}, outside the run folder, and nothing is written there; "
-            f"remove the link, or put the whole run folder elsewhere"
-        )
-    return path
-
-
-def check_settings(path: Path, settings: dict[str, object]) -> None:
-    """Write the settings of a new run folder, or hold them against those it was made with.
-
-    Raises:
-        ValueError: they differ, the message lists how; or the file is damaged.
-    """
-    settings = json.loads(json.dumps(settings))
-    inside(path.parent, path.name)
-    if not path.exists():
-        write_text(path, json.dumps(settings, indent=1) + "\n")
-        return
-    try:
-        there = json.loads(_regular(path, at_most=1 << 24))
-        if not isinstance(there, dict):
-            raise ValueError(f"it holds a {type(there).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be read as settings ({error}); use another run folder, or delete this one"
-        ) from error
-    other = [
-        f"{key}: there {there.get(key)!r}, here {settings.get(key)!r}"
-        for key in sorted(there.keys() | settings.keys())
-        if there.get(key) != settings.get(key)
-    ]
-    if other:
-        raise ValueError(
-            f"{path.parent} holds a run with other settings ({'; '.join(other)}); "
-            f"use another run folder, or delete this one"
-        )
-
-
-def random_state() -> dict[str, object]:
-    """State of Python's, NumPy's and PyTorch's random generators."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, object]) -> None:
-    """Take back what :func:`random_state` gave."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-
-
-def generators_of(owners: Iterable[object]) -> list[torch.Generator]:
-    """The random generators that these objects, or parts of these modules, have as ``generator``."""
-    parts = (part for o in owners for part in (o.modules() if isinstance(o, nn.Module) else (o,)))
-    found = (getattr(part, "generator", None) for part in parts)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's (all devices') random generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
@@ -268,24 +167,6 @@ def _complete(folder: Path) -> list[Path]:
     )
 
 
-def _regular(path: Path, at_most: int) -> bytes:
-    """Content of a file that is no link, device or pipe, and not larger than it may be."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.name} is not there as a file of its own")
-    size = path.stat().st_size
-    if not isinstance(at_most, int) or size > at_most:
-        raise ValueError(f"{path.name} has {size} bytes, more than the {at_most!r} it may have")
-    return path.read_bytes()
-
-
 def _short(error: Exception) -> str:
     """PyTorch's errors go on for lines with advice to be less careful."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

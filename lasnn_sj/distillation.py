@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import activation_map, gradient_map, spike_map
-from .forward import ChunkTaps
-from .taps import Pair, StudentTaps, TeacherTaps, choose_pairs
+from .taps import ChunkTaps, Pair, StudentTaps, TeacherTaps, choose_pairs
 
 log = logging.getLogger(__name__)
 

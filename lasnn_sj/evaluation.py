@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from . import distributed
 from .batches import evaluation_share
-from .objectives import BatchError, class_scores, resolve_readout
+from .models.readout import BatchError, class_scores, resolve_readout
 
 
 @contextmanager

@@ -34,9 +34,9 @@ from torch import fx, nn
 from torch.nn.utils import fusion, prune
 
 from .models import layers
+from .models.readout import resolve_readout
 from .neurons import IntegratorNode
 from .neurons.accelerate import AcceleratedIFNode, AcceleratedLIFNode
-from .objectives import resolve_readout
 
 if TYPE_CHECKING:
     import nir

@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,13 +21,14 @@ import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from . import checkpoint, distributed, events, taps
+from . import distributed, events, files, random_state, taps
 from .activity import spike_statistics
 from .distillation import Distillation
 from .energy import COST, count_operations
 from .evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
+from .models.readout import BatchError, class_scores, resolve_readout
 from .neurons import backend
-from .objectives import BatchError, class_scores, resolve_readout
+from .trainer import LaSNNTrainer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,37 @@ PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "numba", "tonic", "
             "cupy-cuda13x")  # fmt: skip
 
 
-def inspect(
+def inspect(trainer: LaSNNTrainer, loader: Iterable, *, examples: int = 8, samples: int = 2000) -> Path:
+    """Write the results of a trained student into its run folder, for the report and for TensorBoard.
+
+    See :func:`inspect_student`, to which the trainer's networks, encoder and settings are given. The
+    pictures, and the settings beside the results (HParams), are added to the run's TensorBoard folder.
+
+    Args:
+        trainer: of a student in a run folder.
+        loader: test batches ``(images, labels)``.
+        examples: number of samples whose maps are kept.
+        samples: number of samples in which spikes are counted and examples are sought.
+
+    Returns:
+        Path of ``inspection.json``.
+
+    Raises:
+        ValueError: the trainer has no run folder.
+    """
+    if trainer.run_dir is None:
+        raise ValueError("inspect writes into the run folder; give the trainer a run_dir")
+    path = inspect_student(
+        trainer.student, trainer.teacher, trainer._names, loader, trainer.encoder, trainer.run_dir,
+        attention=trainer.attention or "activation", readout=trainer.readout, examples=examples,
+        samples=samples, device=trainer.device, seed=trainer.seed,
+    )  # fmt: skip
+    if distributed.is_main():
+        _show(trainer.run_dir / "tensorboard", trainer.settings(), path)
+    return path
+
+
+def inspect_student(
     student: nn.Module,
     teacher: nn.Module | None,
     pairs: Sequence[tuple[str, str]] | None,
@@ -160,15 +191,42 @@ def inspect(
         with open(part, "wb") as file:
             np.savez_compressed(file, **arrays)
         part.replace(folder / "inspection.npz")
-        checkpoint.write_text(path, json.dumps(found, indent=1) + "\n")
+        files.write_text(path, json.dumps(found, indent=1) + "\n")
     log.info("inspection of %s: top-1 %.2f %%, %s", folder, result["top1"], path)
     return path
 
 
+def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> None:
+    """Add an inspection to TensorBoard: its pictures, and the settings with what came of them (HParams).
+
+    Args:
+        folder: of the event files.
+        settings: of the run; nested ones are flattened, others than numbers become text.
+        inspection: ``inspection.json`` of :func:`inspect`, its arrays beside it.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
+
+    found = json.loads(inspection.read_text())
+    flat = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    for nested in (value for value in settings.values() if isinstance(value, dict)):
+        flat |= nested
+    flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flat.items()}
+    with SummaryWriter(str(folder)) as writer, np.load(inspection.with_suffix(".npz")) as arrays:
+        writer.add_images("inspection/input", arrays["inputs"], dataformats="NHWC")
+        for name in arrays.files:
+            who, _, level = name.partition("_")
+            if level:
+                maps = arrays[name]
+                bright = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
+                writer.add_images(f"inspection/level {level}, {who}", bright[..., None], dataformats="NHWC")
+        results = {f"result/{name}": found[name] for name in ("top1", "loss", "spikes_per_neuron")}
+        writer.add_hparams(flat, results, run_name=".")
+
+
 def results(path: Path) -> dict[str, object]:
-    """What a run's result has of :func:`inspect`'s file; ``spikes`` are the spikes per neuron by layer."""
+    """What a run's result has of the file that :func:`inspect` writes; ``spikes`` are the spikes per neuron by layer."""
     found = json.loads(path.read_text())
-    names = ("loss", "top1", "samples", "top1_over_time", "spikes_per_neuron")
+    """Results that a stage keeps of the file that :func:`inspect` writes; ``spikes`` is by layer."""
     spikes = {layer["name"]: layer["spikes_per_neuron"] for layer in found["layers"]}
     return {name: found[name] for name in names} | {"spikes": spikes}
 
@@ -224,14 +282,14 @@ def _kept_as_they_were(
     student: nn.Module, teacher: nn.Module | None, encoder: nn.Module | None
 ) -> Iterator[None]:
     """Evaluation mode inside; modes, neurons' states and random generators of before outside."""
-    random_state = checkpoint.random_state()
-    generators = [(g, g.get_state()) for g in checkpoint.generators_of([encoder])]
+    before = random_state.random_state()
+    generators = [(g, g.get_state()) for g in random_state.generators_of([encoder])]
     networks = [student] if teacher is None else [student, teacher]
     try:
         with evaluating(*networks):
             yield
     finally:
-        checkpoint.set_random_state(random_state)
+        random_state.set_random_state(before)
         for generator, state in generators:
             generator.set_state(state)
 

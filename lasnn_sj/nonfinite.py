@@ -13,7 +13,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from .checkpoint import unshared
-from .objectives import BatchError
+from .models.readout import BatchError
 
 log = logging.getLogger(__name__)
 

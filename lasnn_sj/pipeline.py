@@ -16,15 +16,15 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
-from . import checkpoint, distributed, inspection, models
+from . import distributed, inspection, models, random_state
 from .activity import spike_statistics
 from .calibration import calibrate
-from .checkpoint import check_settings
 from .conversion import balance_thresholds, convert
 from .cost import Cost
 from .data import ImageData
 from .encoding import DirectEncoder, PoissonEncoder
 from .evaluation import evaluate
+from .files import check_settings
 from .neurons import LinearSurrogate, TimeLoopNode
 from .objectives import CrossEntropy, LabelKD, Objective, SpikeKD
 from .trainer import LaSNNTrainer
@@ -212,7 +212,7 @@ class Pipeline:
         path.parent.mkdir(exist_ok=True)
         # What a stage gives must not depend on which others this process has run: calibration images are
         # augmented.
-        checkpoint.seed_everything(self.recipe.seed)
+        random_state.seed_everything(self.recipe.seed)
         with Cost(self.device) as cost:
             result = getattr(self, f"_run_{stage}")(path.parent)
         result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
@@ -326,7 +326,7 @@ class Pipeline:
         history = trainer.fit(train, test, r.epochs, r.validate_every)
         self._keep(folder, snn)
         trainer.encoder = self.encoder()  # codes that whoever evaluates the kept network has too
-        return inspection.results(trainer.inspect(test)) | _per_epoch(history)
+        return inspection.results(inspection.inspect(trainer, test)) | _per_epoch(history)
 
     def _examine(self, snn: nn.Module, test: Iterable, T: int | None = None) -> dict[str, object]:
         """What is said of an SNN: accuracy after each step, and spikes."""
@@ -349,7 +349,7 @@ class Pipeline:
 
     def _build_teacher(self) -> nn.Module:
         r, d = self.recipe, self.data
-        checkpoint.seed_everything(r.seed)
+        random_state.seed_everything(r.seed)
         if r.teacher == "densenet121":
             net = models.teacher_densenet121(d.num_classes, d.in_channels)
         else:
@@ -359,7 +359,7 @@ class Pipeline:
 
     def _build_ann(self) -> nn.Module:
         r, d = self.recipe, self.data
-        checkpoint.seed_everything(r.seed + 1)
+        random_state.seed_everything(r.seed + 1)
         build = getattr(models, r.student)
         return build(
             d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from . import checkpoint, distributed
+from . import distributed, random_state
 from .checkpoint import CheckpointError
 from .metrics import EpochMetrics
 from .run_folder import RunFolder
@@ -72,15 +72,15 @@ class Progress:
 
     def use_generators(self, owners: Iterable[object]) -> None:
         """Let the random generators of these objects belong to the random state."""
-        self.generators = checkpoint.generators_of(owners)
+        self.generators = random_state.generators_of(owners)
 
     def random_state(self) -> dict[str, object]:
         """State of this process' random generators: Python's, NumPy's, PyTorch's, and its own."""
-        return checkpoint.random_state() | {"generators": [g.get_state() for g in self.generators]}
+        return random_state.random_state() | {"generators": [g.get_state() for g in self.generators]}
 
     def set_random_state(self, state: dict[str, object]) -> None:
         """Take back what :meth:`random_state` gave."""
-        checkpoint.set_random_state(state)
+        random_state.set_random_state(state)
         for generator, saved in zip(self.generators, state["generators"]):
             generator.set_state(saved)
 
@@ -90,7 +90,7 @@ class Progress:
             return
         rank = distributed.rank()
         if seed is not None or rank:
-            checkpoint.seed_everything(((torch.initial_seed() if seed is None else seed) + rank) % 2**63)
+            random_state.seed_everything(((torch.initial_seed() if seed is None else seed) + rank) % 2**63)
         for generator in self.generators if rank else ():
             generator.manual_seed((generator.initial_seed() + rank) % 2**63)
 

@@ -18,12 +18,12 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from . import checkpoint, distributed, inspection, models
-from .checkpoint import check_settings
+from . import distributed, inspection, models, random_state
 from .cost import Cost
 from .encoding import PoissonEncoder
 from .evaluation import evaluate
 from .events import EventFrames
+from .files import check_settings
 from .neurons import accelerate
 from .objectives import CrossEntropy, DefaultKD, Objective, SparseKD
 from .pruning import prune_magnitude
@@ -206,13 +206,13 @@ class Study:
         weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
         save_file(weights, folder / "weights.safetensors")
         per_epoch = statistics.median(row["seconds"] for row in history)
-        return inspection.results(trainer.inspect(test)) | {"seconds_per_epoch": per_epoch}
+        return inspection.results(inspection.inspect(trainer, test)) | {"seconds_per_epoch": per_epoch}
 
     def _folder(self, row: str) -> Path:
         return self.run_dir / row.replace(" ", "_")
 
     def _build(self) -> nn.Module:
-        checkpoint.seed_everything(self.recipe.seed)
+        random_state.seed_everything(self.recipe.seed)
         for module in self.encoder.modules() if self.encoder is not None else ():
             if isinstance(module, PoissonEncoder) and module.generator is not None:
                 module.generator.manual_seed(self.recipe.seed)  # or a row would go on where another ended

@@ -14,7 +14,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from . import checkpoint, distributed
+from . import checkpoint, distributed, files
 
 FLUSH = 200  # steps whose rows are written together
 
@@ -36,12 +36,12 @@ class RunFolder:
         if distributed.is_main():
             path.mkdir(parents=True, exist_ok=True)
             for name in ("checkpoints", "metrics.csv", "steps.csv", "tensorboard", "nonfinite"):
-                checkpoint.inside(path, name)
+                files.inside(path, name)
 
     def check_settings(self, settings: dict[str, object]) -> None:
-        """Compare with those the folder was made with; see :func:`checkpoint.check_settings`."""
+        """Compare with those the folder was made with; see :func:`files.check_settings`."""
         if distributed.is_main():
-            checkpoint.check_settings(self.path / "settings.json", settings)
+            files.check_settings(self.path / "settings.json", settings)
 
     def load(self) -> tuple[Path, dict[str, Tensor], dict[str, object]] | None:
         """Path, weights and state of the last good checkpoint, on every process.
@@ -108,7 +108,7 @@ class RunFolder:
                     return there
                 head, rows = there, list(lines)
         new = [name for name in names if name not in head]
-        checkpoint.write_text(path, _csv([head + new, *(row + [""] * len(new) for row in rows)]))
+        files.write_text(path, _csv([head + new, *(row + [""] * len(new) for row in rows)]))
         return head + new
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class RunFolder:
                 kept = [
                     row for row in rows if len(row) == len(head) and row[0].isdigit() and int(row[0]) <= step
                 ]
-                checkpoint.write_text(path, _csv([head, *kept] if head else []))
+                files.write_text(path, _csv([head, *kept] if head else []))
             self.write_history(history)
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
@@ -138,7 +138,7 @@ class RunFolder:
             return
         columns = list(dict.fromkeys(itertools.chain.from_iterable(history)))
         rows = [[row.get(column, "") for column in columns] for row in history]
-        checkpoint.write_text(self.path / "metrics.csv", _csv([columns, *rows]))
+        files.write_text(self.path / "metrics.csv", _csv([columns, *rows]))
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> str:

@@ -16,8 +16,9 @@ from . import distributed, nonfinite
 from .distillation import Distillation
 from .evaluation import batch_axis
 from .forward import StudentForward
+from .models.readout import class_scores
 from .nonfinite import NonFiniteError
-from .objectives import Objective, Signals, attention_loss, class_scores
+from .objectives import Objective, Signals, attention_loss
 from .precision import Precision
 from .progress import Progress
 

@@ -13,6 +13,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 from .neurons import TimeLoopNode
+from .neurons.dynamics import TRACE_DECAY
 
 
 class TapError(ValueError):
@@ -347,6 +348,51 @@ class StudentTaps(_Taps):
         super().__exit__(*exception)
         for node, (record, through_trace) in zip(self._nodes, self._before):
             node.record, node.recorded, node.through_trace = record, {}, through_trace
+
+
+class ChunkTaps(StudentTaps):
+    """Spike activation maps (Eq. 11) of a piece of time, going on from the spike trace of the one before.
+
+    With the trace ``n`` at the piece's start, the map of its ``S`` steps grows by ``n * sum over t of
+    exp(-t) * o[t]``, and the trace at its end is ``exp(-S) * n + sum over t of exp(-(S - t)) * o[t]``.
+    """
+
+    def __init__(self, student: nn.Module, names: list[str], through_trace: bool) -> None:
+        super().__init__(student, names, "activation_map", through_trace)
+        self.traces: list[Tensor | None] = []
+        self._places = {student.get_submodule(name): place for place, name in enumerate(names)}
+        self._masks: dict[nn.Module, Tensor | None] = {}
+        self._hooks += [
+            node.register_forward_pre_hook(self._take_mask, with_kwargs=True) for node in self._places
+        ]
+
+    def no_traces(self) -> list[None]:
+        """The traces before the first piece."""
+        return [None] * len(self._names)
+
+    def _take_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The trace wants spikes as they were before dropout."""
+        if not self._active:
+            return None
+        self._masks[module] = kwargs.pop("mask", None)
+        return args, kwargs
+
+    def read(self, module: TimeLoopNode, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The piece's mean map, and the output times its dropout mask."""
+        value, _ = super().read(module, output)
+        place, mask = self._places[module], self._masks.pop(module, None)
+        with torch.autocast(output.device.type, enabled=False):  # einsum would be cast to half precision
+            spikes = output.to(value.dtype)
+            steps = torch.arange(len(output), device=output.device, dtype=value.dtype)
+            trace = self.traces[place]
+            if trace is not None:
+                decayed = torch.einsum("t,t...->...", TRACE_DECAY**steps, spikes)
+                value = value + trace * decayed / len(output)
+            kept = spikes if self.through_trace else spikes.detach()
+            late = torch.einsum("t,t...->...", TRACE_DECAY ** (len(output) - steps), kept)
+        self.traces = [*self.traces]
+        self.traces[place] = late if trace is None else late + TRACE_DECAY ** len(output) * trace
+        return value, output if mask is None else output * mask
 
 
 class TeacherTaps(_Taps):

@@ -19,16 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import distributed, inspection, nonfinite, objectives, taps
+from . import distributed, nonfinite, objectives, taps
 from .batches import Batch, TrainingBatches, parts_of
-from .callbacks import Callback, TensorBoard, show_inspection
+from .callbacks import Callback, TensorBoard
 from .distillation import Distillation
 from .evaluation import check_batch, check_labels, device_of, evaluate
 from .forward import refuse_batch_norm
 from .interrupts import StopRequest
 from .metrics import EpochMetrics
+from .models.readout import BatchError, resolve_readout
 from .nonfinite import NonFiniteError
-from .objectives import BatchError, resolve_readout
 from .precision import DTYPES, Precision
 from .progress import Epoch, Progress
 from .run_folder import RunFolder
@@ -283,22 +283,6 @@ class LaSNNTrainer:
             return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
         finally:
             self._progress.set_random_state(before)
-
-    def inspect(self, loader: Iterable) -> Path:
-        """Write what a report shows of the student into the run folder, and into TensorBoard.
-
-        See :func:`inspection.inspect`; its pictures and the run's settings beside its results go into
-        TensorBoard too.
-        """
-        if self.run_dir is None:
-            raise ValueError("inspect writes into the run folder; give the trainer a run_dir")
-        path = inspection.inspect(
-            self.student, self.teacher, self._names, loader, self.encoder, self.run_dir, device=self.device,
-            attention=self.attention or "activation", readout=self.readout, seed=self.seed,
-        )  # fmt: skip
-        if distributed.is_main():
-            show_inspection(self.run_dir / "tensorboard", self.settings(), path)
-        return path
 
     def _train_epoch(
         self,

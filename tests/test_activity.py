@@ -10,8 +10,8 @@ from lasnn_sj import DirectEncoder, models
 from lasnn_sj.activity import spike_statistics
 from lasnn_sj.energy import count_operations
 from lasnn_sj.evaluation import accuracy_over_time, evaluate
+from lasnn_sj.models.readout import BatchError
 from lasnn_sj.neurons import IFNode, IntegratorNode
-from lasnn_sj.objectives import BatchError
 
 
 def identity_layer(width):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lasnn_sj import checkpoint
+from lasnn_sj import checkpoint, files, random_state
 from lasnn_sj.checkpoint import CheckpointError
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
@@ -82,7 +82,7 @@ def test_random_states_of_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.tensor([n]) for n in range(8)])
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", taken.extend)
-    checkpoint.set_random_state(checkpoint.random_state())
+    random_state.set_random_state(random_state.random_state())
     assert taken == [0, 1]
 
 
@@ -221,10 +221,10 @@ def test_a_limit_on_files_leaves_the_last_checkpoint(tmp_path):
 
 def test_settings_written_and_compared(tmp_path):
     path = tmp_path / "settings.json"
-    checkpoint.check_settings(path, {"alpha": 0.9, "pairs": [("a", "b")]})
-    checkpoint.check_settings(path, {"pairs": [["a", "b"]], "alpha": 0.9})
+    files.check_settings(path, {"alpha": 0.9, "pairs": [("a", "b")]})
+    files.check_settings(path, {"pairs": [["a", "b"]], "alpha": 0.9})
     with pytest.raises(ValueError, match=r"other settings \(alpha: there 0.9, here 0.5\)"):
-        checkpoint.check_settings(path, {"alpha": 0.5, "pairs": [("a", "b")]})
+        files.check_settings(path, {"alpha": 0.5, "pairs": [("a", "b")]})
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
@@ -232,7 +232,7 @@ def test_settings_that_are_damaged(tmp_path, content):
     path = tmp_path / "settings.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"settings.json cannot be read as settings"):
-        checkpoint.check_settings(path, {})
+        files.check_settings(path, {})
     assert path.read_bytes() == content
 
 
@@ -243,16 +243,16 @@ def test_a_link_out_of_the_run_folder_is_refused(tmp_path):
     (run / "checkpoints").symlink_to(outside)
     (run / "settings.json").symlink_to(outside / "settings.json")
     with pytest.raises(ValueError, match="link to .*outside, outside the run folder"):
-        checkpoint.inside(run, "checkpoints")
+        files.inside(run, "checkpoints")
     with pytest.raises(ValueError, match="outside the run folder"):
-        checkpoint.check_settings(run / "settings.json", {})
+        files.check_settings(run / "settings.json", {})
     assert not list(outside.iterdir())
 
 
 def test_a_text_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     (tmp_path / "precious").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "precious")
-    checkpoint.write_text(tmp_path / "link", "new")
+    files.write_text(tmp_path / "link", "new")
     assert (tmp_path / "precious").read_text() == "old"
     assert (tmp_path / "link").read_text() == "new"
     assert not (tmp_path / "link").is_symlink()

@@ -16,8 +16,8 @@ from lasnn_sj.activity import spike_statistics
 from lasnn_sj.attention import activation_map, spike_activation_map
 from lasnn_sj.energy import count_operations
 from lasnn_sj.evaluation import evaluate
-from lasnn_sj.inspection import environment, inspect
-from lasnn_sj.objectives import BatchError
+from lasnn_sj.inspection import environment, inspect, inspect_student
+from lasnn_sj.models.readout import BatchError
 from lasnn_sj.taps import TapError
 
 K, T = 4, 4
@@ -51,7 +51,7 @@ def read(folder):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder, net = tmp_path_factory.mktemp("run"), student()
-    path = inspect(net, teacher(), None, batches(), DirectEncoder(T), folder, seed=3, examples=6)
+    path = inspect_student(net, teacher(), None, batches(), DirectEncoder(T), folder, seed=3, examples=6)
     assert path == folder / "inspection.json"
     return net, *read(folder)
 
@@ -121,7 +121,9 @@ def test_examples_are_right_and_wrong_ones_with_both_networks_maps(seen):
 
 def test_gradient_maps(tmp_path):
     net = student()
-    inspect(net, teacher(), None, batches(), DirectEncoder(T), tmp_path, attention="gradient", examples=2)
+    inspect_student(
+        net, teacher(), None, batches(), DirectEncoder(T), tmp_path, attention="gradient", examples=2
+    )
     found, arrays = read(tmp_path)
     images = torch.stack([batches().dataset[e["index"]][0] for e in found["examples"]])
     spikes = {}
@@ -143,7 +145,7 @@ def test_looking_changes_nothing(part_of_another, tmp_path):
     net, the_teacher = student().train(), teacher()
     net.features[1].eval()
     torch.manual_seed(11)
-    inspect(net, the_teacher, None, batches(), encoder, tmp_path)
+    inspect_student(net, the_teacher, None, batches(), encoder, tmp_path)
     after = torch.rand(3), torch.rand(3, generator=own)
     torch.manual_seed(11)
     assert torch.equal(after[0], torch.rand(3))
@@ -164,7 +166,7 @@ def test_event_frames_and_no_teacher(tmp_path):
         layer.Flatten(), layer.Linear(4 * 4 * 4, K),
     )  # fmt: skip
     functional.set_step_mode(net, "m")
-    inspect(net, None, None, [(frames, torch.arange(6) % K)], None, tmp_path, examples=4)
+    inspect_student(net, None, None, [(frames, torch.arange(6) % K)], None, tmp_path, examples=4)
     found, arrays = read(tmp_path)
     assert found["levels"] == [{"student": "1", "teacher": None}]
     assert sorted(arrays) == ["inputs", "student_0"]
@@ -179,7 +181,7 @@ def test_event_frames_and_no_teacher(tmp_path):
 def test_a_student_without_feature_maps_has_the_rest(tmp_path):
     net = nn.Sequential(layer.Flatten(), layer.Linear(3, 8), neuron.IFNode(), layer.Linear(8, K))
     functional.set_step_mode(net, "m")
-    inspect(net, None, None, batches(shape=(3, 1, 1)), DirectEncoder(T), tmp_path)
+    inspect_student(net, None, None, batches(shape=(3, 1, 1)), DirectEncoder(T), tmp_path)
     found, arrays = read(tmp_path)
     assert found["levels"] == []
     assert "has no spiking layer with a feature map" in found["missing"]
@@ -193,7 +195,7 @@ def test_features_instead_of_images(tmp_path, encoder):
     functional.set_step_mode(net, "m")
     x = torch.rand(6, 5) * 2 - 1
     batch = (x if encoder else x.expand(T, 6, 5), torch.arange(6) % K)
-    inspect(net, None, None, [batch], encoder, tmp_path, examples=4)
+    inspect_student(net, None, None, [batch], encoder, tmp_path, examples=4)
     found, arrays = read(tmp_path)
     assert (found["T"], found["samples"], len(found["examples"])) == (T, 6, 4)
     assert arrays["inputs"].shape == (4, 1, 5, 3)
@@ -209,7 +211,7 @@ def test_scores_without_steps_and_a_teacher_without_maps(tmp_path):
             return self.net(x)[-1]
 
     scorer = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, K))
-    inspect(Whole(), scorer, None, batches(), DirectEncoder(T), tmp_path)
+    inspect_student(Whole(), scorer, None, batches(), DirectEncoder(T), tmp_path)
     found, _ = read(tmp_path)
     assert found["top1_over_time"] is None
     assert found["top1"] is not None
@@ -222,20 +224,20 @@ def test_the_trainer_looks_with_its_own_parts(tmp_path):
         student(), teacher(), encoder=DirectEncoder(T), pairs=[("features.0.neuron", "layer1")],
         run_dir=tmp_path, seed=7,
     )  # fmt: skip
-    trainer.inspect(batches())
+    inspect(trainer, batches())
     found, _ = read(tmp_path)
     assert found["levels"] == [{"student": "features.0.neuron", "teacher": "layer1"}]
     assert (found["seed"], found["attention"]) == (7, "activation")
     trainer.fit(batches(), epochs=1)  # looking at a fresh run does not stand in its way
     with pytest.raises(ValueError, match="give the trainer a run_dir"):
-        LaSNNTrainer(student(), attention=None, encoder=DirectEncoder(T)).inspect(batches())
+        inspect(LaSNNTrainer(student(), attention=None, encoder=DirectEncoder(T)), batches())
 
 
 def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tmp_path):
     trainer = LaSNNTrainer(student(), teacher(), encoder=DirectEncoder(T), run_dir=tmp_path, seed=0)
     trainer.fit(batches(), epochs=2)
     result = trainer.evaluate(batches())
-    trainer.inspect(batches())
+    inspect(trainer, batches())
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in written.Scalars("attention")] == [1, 2]
     assert written.Scalars("result/top1")[0].value == pytest.approx(result["top1"])
@@ -258,7 +260,7 @@ def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tm
 def test_bad_arguments_are_named(change, error, message, tmp_path):
     arguments = {"pairs": None, "loader": batches(), "encoder": DirectEncoder(T)} | change
     with pytest.raises(error, match=message):
-        inspect(student(), teacher(), run_dir=tmp_path, **arguments)
+        inspect_student(student(), teacher(), run_dir=tmp_path, **arguments)
 
 
 def test_the_environment_is_named():

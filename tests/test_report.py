@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, models
-from lasnn_sj.inspection import inspect
+from lasnn_sj.inspection import inspect, inspect_student
 from lasnn_sj.report import charts, report
 from lasnn_sj.report.charts import Picture
 
@@ -95,7 +95,7 @@ def inspected(tmp_path_factory):
         if hasattr(module, "v_threshold"):
             module.v_threshold = 0.2
     batches = [(torch.rand(16, 3, 16, 16) * 2 - 1, torch.arange(16) % K)]
-    inspect(student, teacher.eval(), None, batches, DirectEncoder(T), folder, examples=4, seed=5)
+    inspect_student(student, teacher.eval(), None, batches, DirectEncoder(T), folder, examples=4, seed=5)
     return folder
 
 
@@ -272,7 +272,7 @@ def test_trainers_of_their_own_are_compared(tmp_path, undrawn):
             run_dir=tmp_path / name,
         )  # fmt: skip
         trainer.fit([(x, y)], [(x, y)], epochs=2)
-    trainer.inspect([(x, y)])
+    inspect(trainer, [(x, y)])
     made = report([tmp_path / "a", tmp_path / "b"])
     assert made == tmp_path / "report.html"
     page, last = Page(made), trainer.history[-1]

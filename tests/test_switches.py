@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, PoissonEncoder, models
-from lasnn_sj.forward import ChunkTaps, StudentForward
+from lasnn_sj.forward import StudentForward
+from lasnn_sj.models.readout import BatchError
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.nonfinite import NonFiniteError
-from lasnn_sj.objectives import BatchError, CrossEntropy
-from lasnn_sj.taps import StudentTaps
+from lasnn_sj.objectives import CrossEntropy
+from lasnn_sj.taps import ChunkTaps, StudentTaps
 
 K, T = 4, 12
 GENERATOR = torch.Generator().manual_seed(0)

@@ -13,7 +13,8 @@ from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.attention import activation_map, gradient_map, spike_activation_map
 from lasnn_sj.checkpoint import CheckpointError
 from lasnn_sj.evaluation import evaluate
-from lasnn_sj.objectives import BatchError, CrossEntropy, attention_loss, class_scores
+from lasnn_sj.models.readout import BatchError, class_scores
+from lasnn_sj.objectives import CrossEntropy, attention_loss
 from lasnn_sj.taps import TapError
 
 K = 4

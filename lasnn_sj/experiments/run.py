@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import data, models
-from ..checkpoint import check_settings
+from ..files import check_settings
 from ..neurons import keep_freed_memory
 from ..pipeline import Pipeline
 from ..reverse import Study

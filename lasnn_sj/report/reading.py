@@ -177,7 +177,7 @@ def _read_run(path: Path, config: str | None) -> Run:
         where = "" if unseen[0].path == path else f" in {', '.join(part.kind for part in unseen)}"
         run.notes.append(
             f"inspection.json is missing{where}: no attention maps, firing rates by layer or energy; "
-            f"LaSNNTrainer.inspect(test_loader) writes it"
+            f"lasnn_sj.analysis.inspect(trainer, test_loader) writes it"
         )
     order = list(TITLES)
     run.parts.sort(

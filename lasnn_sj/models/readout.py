@@ -1,0 +1,36 @@
+"""Class scores of a network's output."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..neurons import IntegratorNode
+
+
+class BatchError(ValueError):
+    """A batch or what the student made of it cannot be used; the message says which and why."""
+
+
+def resolve_readout(model: nn.Module, readout: str) -> str:
+    """``"last"`` or ``"mean"``; ``"auto"`` by whether the network integrates its output."""
+    if readout != "auto":
+        return readout
+    return "last" if any(isinstance(m, IntegratorNode) for m in model.modules()) else "mean"
+
+
+def class_scores(outputs: Tensor, batch: int, readout: str) -> Tensor:
+    """Class scores ``[N, K]`` (float32) of a student's output ``[T, N, K]`` or ``[N, K]``.
+
+    Raises:
+        BatchError: any other shape.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.dim() == 2 and outputs.shape[0] == batch:
+            return outputs.float()
+        if outputs.dim() == 3 and outputs.shape[1] == batch:
+            return (outputs[-1] if readout == "last" else outputs.mean(0)).float()
+    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise BatchError(
+        f"the student must give class scores [N, K] or [T, N, K] with N = {batch}, got {got}; "
+        f"is it in multi-step mode (functional.set_step_mode(net, 'm'))?"
+    )
