@@ -18,10 +18,10 @@ import torch
 import tyro
 
 from lasnn_sj.experiments import scales
+from lasnn_sj.experiments.pipeline import Pipeline
 from lasnn_sj.experiments.run import Place
 from lasnn_sj.experiments.tables import TABLES
 from lasnn_sj.neurons import keep_freed_memory
-from lasnn_sj.pipeline import Pipeline
 
 RESULTS = Path(__file__).parent / "results"
 ROW = "cifar10/vgg5/lasnn/activation/vgg16/poisson-T100"

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from lasnn_sj import DirectEncoder, data, models
-from lasnn_sj.calibration import calibrate
-from lasnn_sj.evaluation import evaluate
+from lasnn_sj import DirectEncoder, models
+from lasnn_sj.conversion.calibration import calibrate
+from lasnn_sj.data import images as data
 from lasnn_sj.neurons import keep_freed_memory
+from lasnn_sj.training.evaluation import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 

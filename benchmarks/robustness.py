@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, data, models
-from lasnn_sj.checkpoint import CheckpointError
+from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj.data import images as data
+from lasnn_sj.training.checkpoint import CheckpointError
 
 K, SIDE = 4, 8
 
@@ -210,14 +211,19 @@ def full_disk() -> dict[str, int]:
 
 def worker_killed() -> dict[str, int]:
     """The test that kills a worker under ``torchrun --max-restarts=1``."""
-    return {"tried": 1, "lost": int(_pytest("tests/test_distributed.py", "-k", "under_torchrun") != 0)}
+    return {
+        "tried": 1,
+        "lost": int(_pytest("tests/training/test_distributed.py", "-k", "under_torchrun") != 0),
+    }
 
 
 def hostile(examples: int) -> dict[str, int]:
-    """The fuzzer of ``tests/test_hostile.py``, so many files of each kind."""
+    """The fuzzer of ``tests/test_hostile_files.py``, so many files of each kind."""
     os.environ["HOSTILE_EXAMPLES"] = str(examples)
-    kinds = Path(__file__).parents[1].joinpath("tests", "test_hostile.py").read_text().count("\n@many\n")
-    return {"cases": examples * kinds, "lost": int(_pytest("tests/test_hostile.py") != 0)}
+    kinds = (
+        Path(__file__).parents[1].joinpath("tests", "test_hostile_files.py").read_text().count("\n@many\n")
+    )
+    return {"cases": examples * kinds, "lost": int(_pytest("tests/test_hostile_files.py") != 0)}
 
 
 def _pytest(*tests: str) -> int:

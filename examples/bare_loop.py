@@ -14,11 +14,13 @@ from spikingjelly.activation_based import functional
 from torch import nn
 from your_own_model import spiking_net
 
-from lasnn_sj import DirectEncoder, data, models, taps
-from lasnn_sj.attention import activation_map
-from lasnn_sj.evaluation import evaluate
+from lasnn_sj import DirectEncoder, models
+from lasnn_sj.data import images as data
+from lasnn_sj.distillation import taps
+from lasnn_sj.distillation.attention import activation_map
+from lasnn_sj.distillation.objectives import attention_loss
 from lasnn_sj.neurons import accelerate
-from lasnn_sj.objectives import attention_loss
+from lasnn_sj.training.evaluation import evaluate
 
 ALPHA = 0.9
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from lasnn_sj.reverse import Recipe
-from lasnn_sj.runs import ReverseOnImages
+from lasnn_sj.experiments.reverse import Recipe
+from lasnn_sj.experiments.runs import ReverseOnImages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import tyro
 
-from lasnn_sj.pipeline import Recipe
-from lasnn_sj.runs import LaSNN
+from lasnn_sj.experiments.pipeline import Recipe
+from lasnn_sj.experiments.runs import LaSNN
 
 PAPER = LaSNN(recipe=Recipe(student="vgg5", teacher="vgg16"), run_dir=Path("runs/lasnn_cifar10"))
 LAPTOP = LaSNN(

@@ -16,10 +16,12 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from your_own_model import spiking_net
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, data, models, taps
-from lasnn_sj.attention import activation_map
+from lasnn_sj import DirectEncoder, LaSNNTrainer, models
+from lasnn_sj.data import images as data
+from lasnn_sj.distillation import taps
+from lasnn_sj.distillation.attention import activation_map
+from lasnn_sj.distillation.objectives import attention_loss
 from lasnn_sj.neurons import accelerate
-from lasnn_sj.objectives import attention_loss
 
 
 class Distillation(lightning.LightningModule):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, data, models
+from lasnn_sj import DirectEncoder, LaSNNTrainer, models
+from lasnn_sj.data import images as data
 
 
 def main() -> None:

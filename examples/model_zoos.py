@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer
-from lasnn_sj.evaluation import evaluate
+from lasnn_sj.training.evaluation import evaluate
 
 AUGMENT = v2.Compose([
     v2.RandomAffine(degrees=10, translate=(0.1, 0.1), fill=-1.0),

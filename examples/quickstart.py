@@ -9,8 +9,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from lasnn_sj import data
-from lasnn_sj.pipeline import Pipeline, Recipe, table
+from lasnn_sj.data import images as data
+from lasnn_sj.experiments.pipeline import Pipeline, Recipe, table
 
 RECIPE = Recipe(
     student="conv3_linear2",

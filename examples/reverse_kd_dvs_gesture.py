@@ -13,9 +13,9 @@ from pathlib import Path
 
 import tyro
 
-from lasnn_sj import events
-from lasnn_sj.reverse import Recipe
-from lasnn_sj.runs import ReverseOnEvents
+from lasnn_sj.data import events
+from lasnn_sj.experiments.reverse import Recipe
+from lasnn_sj.experiments.runs import ReverseOnEvents
 
 PAPER = ReverseOnEvents(
     recipe=Recipe(epochs=200, batch=16, optimizer="adam", lr=1e-3, weight_decay=0.0),

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from lasnn_sj.reverse import Recipe
-from lasnn_sj.runs import ReverseOnImages
+from lasnn_sj.experiments.reverse import Recipe
+from lasnn_sj.experiments.runs import ReverseOnImages
 
 PAPER = ReverseOnImages(recipe=Recipe(), seeds=(0, 1, 2), run_dir=Path("runs/sparse_kd_cifar100"))
 LAPTOP = ReverseOnImages(

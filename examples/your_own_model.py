@@ -13,8 +13,9 @@ import torchvision
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, data
-from lasnn_sj.evaluation import evaluate
+from lasnn_sj import DirectEncoder, LaSNNTrainer
+from lasnn_sj.data import images as data
+from lasnn_sj.training.evaluation import evaluate
 
 
 def spiking_net(num_classes: int) -> nn.Module:

@@ -4,25 +4,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import models
-    from .callbacks import Callback
-    from .encoding import DirectEncoder, PoissonEncoder
-    from .trainer import LaSNNTrainer
+    from . import analysis, conversion, data, distillation, experiments, models, neurons, training  # noqa: F401
+    from .data import DirectEncoder, PoissonEncoder
+    from .training import Callback, LaSNNTrainer
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "DirectEncoder", "LaSNNTrainer", "PoissonEncoder", "models"]
 
+_ROOMS = (
+    "analysis", "conversion", "data", "distillation", "experiments", "models", "neurons", "runtime",
+    "training",
+)  # fmt: skip
+_HOMES = {
+    "Callback": "training",
+    "DirectEncoder": "data",
+    "LaSNNTrainer": "training",
+    "PoissonEncoder": "data",
+}
+
 
 def __getattr__(name: str) -> object:
-    """Public names when they are first used: the command line's help needs no torch."""
-    homes = {
-        "Callback": "callbacks",
-        "DirectEncoder": "encoding",
-        "PoissonEncoder": "encoding",
-        "LaSNNTrainer": "trainer",
-    }
-    if name not in __all__:
+    """Import public names and subpackages on first use: the command line's help needs no torch."""
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "models":
-        return import_module(".models", __name__)
-    return getattr(import_module(f".{homes[name]}", __name__), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_ROOMS, "__version__"})

@@ -34,7 +34,7 @@ def train(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ())
         config: YAML file with ``method`` (lasnn, reverse or reverse-events), ``recipe``, ``run_dir``, ...
         overrides: options in the file's place, such as ``--recipe.epochs 3 --device cuda``.
     """
-    from . import runs
+    from .experiments import runs
 
     described = runs.read(config)
     tyro.cli(type(described), default=described, args=overrides, prog=f"{PROG} train {config}").run()
@@ -52,7 +52,7 @@ def evaluate(
     """
     import dataclasses
 
-    from . import runs
+    from .experiments import runs
 
     run, seeds = runs.open_folder(run_dir)
     run = dataclasses.replace(run, device=device or run.device)
@@ -101,7 +101,7 @@ def report(run_dirs: Positional[tuple[Path, ...]], out: Path | None = None) -> N
         run_dirs: folders of the runs.
         out: page to write, ``report.html`` in the folder, or in the one that all lie in, if not given.
     """
-    from .report import report as write
+    from .analysis.report import report as write
 
     print(write(run_dirs, out))
 
@@ -121,8 +121,8 @@ def export(
     """
     import dataclasses
 
-    from . import export as nir_export
-    from . import runs
+    from .conversion import nir as nir_export
+    from .experiments import runs
 
     run, seeds = runs.open_folder(run_dir)
     run = dataclasses.replace(run, device="cpu")  # wherever it was trained

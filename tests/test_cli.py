@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from lasnn_sj import __main__ as cli
-from lasnn_sj import config, models, reverse, runs
-from lasnn_sj.events import Framing
-from lasnn_sj.pipeline import Recipe
+from lasnn_sj import models
+from lasnn_sj.data.events import Framing
+from lasnn_sj.experiments import config, reverse, runs
+from lasnn_sj.experiments.pipeline import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
 SIZES = {
@@ -276,7 +277,7 @@ def test_reproduce_and_report_hand_over_their_arguments(monkeypatch, capsys):
         return Path("report.html")
 
     monkeypatch.setattr("lasnn_sj.experiments.reproduce", reproduce)
-    monkeypatch.setattr("lasnn_sj.report.report", report)
+    monkeypatch.setattr("lasnn_sj.analysis.report.report", report)
     cli.main(["reproduce", "IV", "--rows", "vgg5", "vgg9", "--scale", "smoke", "--seeds", "2"])
     cli.main(["report", "a", "b", "--out", "c.html"])
     here = Path("data"), Path("runs/reproduce"), None, None, None

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, data, models, runs
+from lasnn_sj import DirectEncoder, LaSNNTrainer, models
+from lasnn_sj.data import images as data
+from lasnn_sj.experiments import runs
 from lasnn_sj.neurons import accelerate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

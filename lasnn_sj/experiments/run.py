@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import data, models
-from ..files import check_settings
+from .. import models
+from ..data import images as data
 from ..neurons import keep_freed_memory
-from ..pipeline import Pipeline
-from ..reverse import Study
+from ..runtime.files import check_settings
 from . import report, scales
+from .pipeline import Pipeline
+from .reverse import Study
 from .scales import SCALES, Scale
 from .tables import TABLES, Row, Table
 

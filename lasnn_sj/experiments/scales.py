@@ -9,8 +9,10 @@ from typing import Literal
 
 from torch import nn
 
-from .. import data, events, pipeline, reverse
-from ..encoding import DirectEncoder
+from ..data import events
+from ..data import images as data
+from ..data.encoding import DirectEncoder
+from . import pipeline, reverse
 from .tables import Row
 
 Scale = Literal["full", "small", "smoke"]

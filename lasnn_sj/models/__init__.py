@@ -9,13 +9,7 @@ from .spiking_nets import (
     spiking_vgg16,
     spiking_wrn16_4,
 )
-from .teachers import (
-    WithStatistics,
-    published_resnet20,
-    teacher_densenet121,
-    teacher_resnet20,
-    teacher_vgg16,
-)
+from .teachers import WithStatistics, published_resnet20, teacher_densenet121, teacher_resnet20, teacher_vgg16
 from .vgg import VGG, conv3_linear2, vgg5, vgg7, vgg9, vgg16
 
 __all__ = [

@@ -8,9 +8,9 @@ import torch
 
 from lasnn_sj import models
 from lasnn_sj.experiments import ExperimentError, reproduce, scales
+from lasnn_sj.experiments.pipeline import Pipeline
+from lasnn_sj.experiments.reverse import Study
 from lasnn_sj.experiments.run import Place, choose
-from lasnn_sj.pipeline import Pipeline
-from lasnn_sj.reverse import Study
 
 NAMES = ("vgg5/lasnn/activation", "vgg5/ann", "vgg5/converted")
 

@@ -4,8 +4,8 @@ import pytest
 
 from lasnn_sj import models
 from lasnn_sj.experiments import TABLES
+from lasnn_sj.experiments.pipeline import TITLES
 from lasnn_sj.experiments.tables import BEST_TEACHER
-from lasnn_sj.pipeline import TITLES
 
 ROWS = [(name, row) for name, table in TABLES.items() for row in table.rows]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lasnn_sj import models
-from lasnn_sj.encoding import DirectEncoder
+from lasnn_sj.data.encoding import DirectEncoder
 from lasnn_sj.models.layers import Unit
 from lasnn_sj.neurons import LIFNode
 

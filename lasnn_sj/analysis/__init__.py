@@ -1,0 +1,16 @@
+"""Analysis of trained students: spikes, operations and energy, attention maps, reports."""
+
+from .energy import Operations, count_operations
+from .inspection import inspect, inspect_student
+from .report import report as write_report
+from .spikes import SpikeStatistics, spike_statistics
+
+__all__ = [
+    "Operations",
+    "SpikeStatistics",
+    "count_operations",
+    "inspect",
+    "inspect_student",
+    "spike_statistics",
+    "write_report",
+]

@@ -1,0 +1,394 @@
+"""What a trained student does on test images, written so that a report needs neither network nor data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+
+from ..data import events
+from ..distillation import taps
+from ..distillation.teaching import Distillation
+from ..models.readout import BatchError, class_scores, resolve_readout
+from ..neurons import backend
+from ..runtime import distributed, files, random_state
+from ..training.evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
+from ..training.trainer import LaSNNTrainer
+from .energy import COST, count_operations
+from .spikes import spike_statistics
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; to be raised when their meaning changes
+COUNTED = 32  # samples on which operations are counted
+PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "numba", "tonic", "timm", "cupy-cuda12x",
+            "cupy-cuda13x")  # fmt: skip
+
+
+def inspect(trainer: LaSNNTrainer, loader: Iterable, *, examples: int = 8, samples: int = 2000) -> Path:
+    """Write the results of a trained student into its run folder, for the report and for TensorBoard.
+
+    See :func:`inspect_student`, to which the trainer's networks, encoder and settings are given. The
+    pictures, and the settings beside the results (HParams), are added to the run's TensorBoard folder.
+
+    Args:
+        trainer: of a student in a run folder.
+        loader: test batches ``(images, labels)``.
+        examples: number of samples whose maps are kept.
+        samples: number of samples in which spikes are counted and examples are sought.
+
+    Returns:
+        Path of ``inspection.json``.
+
+    Raises:
+        ValueError: the trainer has no run folder.
+    """
+    if trainer.run_dir is None:
+        raise ValueError("inspect writes into the run folder; give the trainer a run_dir")
+    path = inspect_student(
+        trainer.student, trainer.teacher, trainer._names, loader, trainer.encoder, trainer.run_dir,
+        attention=trainer.attention or "activation", readout=trainer.readout, examples=examples,
+        samples=samples, device=trainer.device, seed=trainer.seed,
+    )  # fmt: skip
+    if distributed.is_main():
+        _show(trainer.run_dir / "tensorboard", trainer.settings(), path)
+    return path
+
+
+def inspect_student(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    pairs: Sequence[tuple[str, str]] | None,
+    loader: Iterable,
+    encoder: nn.Module | None,
+    run_dir: str | Path,
+    *,
+    attention: Literal["activation", "gradient"] = "activation",
+    readout: Literal["auto", "last", "mean"] = "auto",
+    examples: int = 8,
+    samples: int = 2000,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> Path:
+    """Look at a trained student and write ``inspection.json`` and ``inspection.npz`` into its run folder.
+
+    The first holds accuracy after each time step, operations and energy by then beside the same network's
+    as ANN, firing rate, spikes and threshold of each layer, and versions, hardware and command line. The
+    second holds, for some samples that the student gets right and some that it gets wrong, the input as a
+    picture and the attention maps of both networks at each level as training compares them: L2-normalised,
+    the teacher's at the student's size (Eq. 5-6, 10-11).
+
+    Networks and random generators are left as they were. Of several processes all must call it, and the
+    first writes.
+
+    Args:
+        student: spiking network in multi-step mode.
+        teacher: images to logits; without one there are only the student's maps.
+        pairs: ``(student module, teacher module)`` of each level; chosen as in training if not given.
+        loader: test batches ``(images, labels)``, gone through about three times.
+        encoder: gives the student's input its time axis; ``None`` for event frames ``[T, N, ...]``.
+        run_dir: made if it is not there.
+        attention: which maps.
+        readout: as for :class:`~lasnn_sj.LaSNNTrainer`.
+        examples: samples whose maps are kept; half of them wrong ones, as far as there are.
+        samples: how many samples spikes are counted and examples are sought in.
+        device: the student's if not given.
+        seed: of the run, written down.
+
+    Returns:
+        Path of ``inspection.json``.
+
+    Raises:
+        BatchError: an empty loader or a batch that cannot be used.
+        ValueError: an input without time axis, a student without neurons, or no examples.
+        TapError: pairs that were given and cannot be tapped.
+    """
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples}")
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(device) if device is not None else device_of(student)
+    readout = resolve_readout(student, readout)
+    with _kept_as_they_were(student, teacher, encoder):
+        images, axis = _first(loader, COUNTED)
+        if encoder is None and axis == 0:
+            raise ValueError(
+                f"inspect looks at spiking networks: give an encoder for images {tuple(images.shape)}, or "
+                f"event frames [T, N, C, H, W]"
+            )
+        small = images.to(device)
+        # so that what follows draws the codes that an evaluation by itself draws
+        with _kept_as_they_were(student, teacher, encoder), torch.no_grad():
+            encoded = small if encoder is None else encoder(small)
+            outputs = student(encoded)
+        every_step, classes = outputs.dim() == 3, outputs.shape[-1]
+        operations = count_operations(student, encoded, events=encoder is None)
+        result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step)
+        seen = spike_statistics(student, loader, encoder, samples, device=device)
+        distillation = Distillation(student, teacher, attention, True, False, pairs, chunked=False)
+        try:
+            tapped, levels, missing = _tap(distillation, encoded, small, axis, pairs is not None, classes)
+            chosen, arrays = _examples(
+                distillation, tapped, levels, loader, encoder, readout, examples, samples, device
+            )
+        finally:
+            distillation.close()
+    modules = dict(student.named_modules())
+    found = {
+        "format": FORMAT,
+        "student": type(student).__name__,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "teacher": None if teacher is None else type(teacher).__name__,
+        "encoder": repr(encoder),
+        "T": seen.T,
+        "readout": readout,
+        "seed": seed,
+        "top1": result["top1"],
+        "loss": result["loss"],
+        "samples": result["samples"],
+        "top1_over_time": result.get("top1_over_time"),
+        "spikes_per_neuron": seen.mean,
+        "spike_samples": seen.samples,
+        "layers": [
+            {
+                "name": name,
+                "neurons": seen.neurons[name],
+                "spikes_per_neuron": spikes,
+                "firing_rate": spikes / seen.T,
+                "v_threshold": _number(getattr(modules[name], "v_threshold", None)),
+            }
+            for name, spikes in seen.spikes_per_neuron.items()
+        ],
+        "operations": asdict(operations)
+        | {
+            "energy_pj": operations.energy_pj,
+            "ann_energy_pj": operations.ann_energy_pj,
+            "pj_per_synop": COST.e_ac_pj,
+            "pj_per_mac": COST.e_mac_pj,
+        },
+        "attention": attention,
+        "levels": levels,
+        "examples": chosen,
+        "missing": missing,
+        "environment": environment(device),
+    }
+    path = folder / "inspection.json"
+    if distributed.is_main():
+        part = folder / "inspection.npz.part"
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(folder / "inspection.npz")
+        files.write_text(path, json.dumps(found, indent=1) + "\n")
+    log.info("inspection of %s: top-1 %.2f %%, %s", folder, result["top1"], path)
+    return path
+
+
+def results(path: Path) -> dict[str, object]:
+    """Results that a stage keeps of the file that :func:`inspect` writes; ``spikes`` is by layer."""
+    found = json.loads(path.read_text())
+    names = ("loss", "top1", "samples", "top1_over_time", "spikes_per_neuron")
+    spikes = {layer["name"]: layer["spikes_per_neuron"] for layer in found["layers"]}
+    return {name: found[name] for name in names} | {"spikes": spikes}
+
+
+def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> None:
+    """Add an inspection to TensorBoard: its pictures, and the settings with what came of them (HParams).
+
+    Args:
+        folder: of the event files.
+        settings: of the run; nested ones are flattened, others than numbers become text.
+        inspection: ``inspection.json`` of :func:`inspect`, its arrays beside it.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
+
+    found = json.loads(inspection.read_text())
+    flat = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    for nested in (value for value in settings.values() if isinstance(value, dict)):
+        flat |= nested
+    flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flat.items()}
+    with SummaryWriter(str(folder)) as writer, np.load(inspection.with_suffix(".npz")) as arrays:
+        writer.add_images("inspection/input", arrays["inputs"], dataformats="NHWC")
+        for name in arrays.files:
+            who, _, level = name.partition("_")
+            if level:
+                maps = arrays[name]
+                bright = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
+                writer.add_images(f"inspection/level {level}, {who}", bright[..., None], dataformats="NHWC")
+        results = {f"result/{name}": found[name] for name in ("top1", "loss", "spikes_per_neuron")}
+        writer.add_hparams(flat, results, run_name=".")
+
+
+def _first(loader: Iterable, count: int) -> tuple[Tensor, int]:
+    """The first samples of a loader and the axis that they lie along."""
+    found: list[Tensor] = []
+    for index, batch in enumerate(loader):
+        images, labels = check_batch(batch, f"inspection batch {index}")
+        axis = batch_axis(images, labels)
+        found.append(images.narrow(axis, 0, min(count, len(labels))))
+        count -= len(labels)
+        if count <= 0:
+            break
+    if not found:
+        raise BatchError("the loader for the inspection gave no batch")
+    return torch.cat(found, axis), axis
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, object]:
+    """Versions, hardware, command line, date and what runs the neurons, as JSON can hold them."""
+    versions = {"python": platform.python_version()}
+    for package in ("lasnn-sj", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    hardware = {"system": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
+    hardware["cores"] = os.cpu_count()
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        hardware["gpu"] = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+        versions["cuda"] = torch.version.cuda
+    choice = backend(device)
+    return {
+        "versions": versions,
+        "hardware": hardware | {"device": str(device)},
+        "neurons": f"{choice.name} ({choice.reason})",
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def _kept_as_they_were(
+    student: nn.Module, teacher: nn.Module | None, encoder: nn.Module | None
+) -> Iterator[None]:
+    """Evaluation mode inside; modes, neurons' states and random generators of before outside."""
+    before = random_state.random_state()
+    generators = [(g, g.get_state()) for g in random_state.generators_of([encoder])]
+    networks = [student] if teacher is None else [student, teacher]
+    try:
+        with evaluating(*networks):
+            yield
+    finally:
+        random_state.set_random_state(before)
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def _tap(
+    distillation: Distillation, encoded: Tensor, images: Tensor, axis: int, given: bool, classes: int
+) -> tuple[taps.StudentTaps | None, list[dict[str, str | None]], str | None]:
+    """The student's taps, the layers whose maps are shown, and why some maps are missing."""
+    student, missing = distillation.student, None
+    encoded, images = encoded[:, :2], images.narrow(axis, 0, min(2, images.shape[axis]))
+    if distillation.teacher is not None:
+        try:
+            distillation.set_taps(encoded, images, classes)
+            levels = [{"student": pair.student, "teacher": pair.teacher} for pair in distillation.pairs]
+            return distillation.student_taps, levels, None
+        except (ValueError, RuntimeError) as error:
+            if given:
+                raise
+            distillation.pairs = None
+            # a teacher of scores alone may take other input than images, or have no feature maps
+            missing = f"no attention maps of the teacher: {error}"
+    try:
+        names = taps.choose_layers(student, encoded)
+    except taps.TapError as error:
+        return None, [], f"no attention maps: {error}"
+    what = "activation_map" if distillation.by_gradient else "firing_rate"
+    distillation.student_taps = taps.StudentTaps(student, names, what)
+    return distillation.student_taps, [{"student": name, "teacher": None} for name in names], missing
+
+
+@torch.no_grad()
+def _examples(
+    distillation: Distillation,
+    tapped: taps.StudentTaps | None,
+    levels: Sequence[dict[str, str | None]],
+    loader: Iterable,
+    encoder: nn.Module | None,
+    readout: str,
+    examples: int,
+    samples: int,
+    device: torch.device,
+) -> tuple[list[dict[str, int | None]], dict[str, np.ndarray]]:
+    """The first samples that are right and the first that are wrong, with what is shown of them."""
+    kinds: dict[bool, list[tuple[dict, Tensor, list[Tensor]]]] = {True: [], False: []}
+    half, seen = examples // 2, 0
+    for index, batch in enumerate(loader):
+        images, labels = check_batch(batch, f"inspection batch {index}")
+        axis = batch_axis(images, labels)
+        images = images.to(device)
+        with tapped or nullcontext():
+            outputs = distillation.student(images if encoder is None else encoder(images))
+            read = tapped.collect() if tapped else []
+        functional.reset_net(distillation.student)
+        maps = [m.view(len(m), *a.shape[-2:]).cpu() for m, a in zip(distillation.student_maps(read), read)]
+        guesses = class_scores(outputs, len(labels), readout).argmax(1).tolist()
+        for n, (label, guess) in enumerate(zip(labels.tolist(), guesses)):
+            kind = kinds[label == guess]
+            if len(kind) < examples:
+                about = {"index": seen + n, "label": label, "prediction": guess, "teacher": None}
+                kind.append((about, images.select(axis, n), [m[n] for m in maps]))
+        seen += len(labels)
+        if (len(kinds[False]) >= half and len(kinds[True]) >= examples - half) or seen >= samples:
+            break
+    wrong = min(len(kinds[False]), max(half, examples - len(kinds[True])))
+    chosen = kinds[True][: examples - wrong] + kinds[False][:wrong]
+    abouts, inputs = [about for about, _, _ in chosen], torch.stack([x for _, x, _ in chosen], dim=axis)
+    arrays = {"inputs": _pictures(inputs, axis)}
+    for number in range(len(levels)):
+        arrays[f"student_{number}"] = torch.stack([maps[number] for _, _, maps in chosen]).float().numpy()
+    if distillation.pairs:
+        labels = torch.tensor([about["label"] for about in abouts], device=device)
+        logits, maps = distillation.ask_teacher(inputs, labels)
+        for about, guess in zip(abouts, logits.argmax(1).tolist()):
+            about["teacher"] = guess
+        for number, (found, pair) in enumerate(zip(maps, distillation.pairs)):
+            arrays[f"teacher_{number}"] = found.view(-1, *pair.size).float().cpu().numpy()
+    return abouts, arrays
+
+
+def _pictures(images: Tensor, axis: int) -> np.ndarray:
+    """Images ``[N, C, H, W]`` or event frames ``[T, N, C, H, W]``, all steps in one, as colours, uint8.
+
+    What has other dimensions is one line of pixels.
+    """
+    x = (images.sum(0) if axis == 1 else images).float().cpu().numpy()
+    if x.ndim != 4:
+        x = x.reshape(len(x), 1, 1, -1)
+    if x.shape[1] == 2:
+        return events.picture(np.maximum(x, 0))
+    if x.shape[1] != 3:
+        x = x.mean(1, keepdims=True).repeat(3, axis=1)
+    low, high = (-1.0, 1.0) if np.abs(x).max(initial=0) <= 1 else (x.min(), x.max())
+    return (255 * (x - low) / max(high - low, 1e-12)).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _number(value: object) -> float | None:
+    """A threshold, where a layer has just one."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None

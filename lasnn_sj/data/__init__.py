@@ -1,0 +1,24 @@
+"""Image data sets, event recordings, and encoders that add the time axis."""
+
+from .archives import ArchiveError
+from .encoding import DirectEncoder, PoissonEncoder
+from .events import Augment, EventData, EventFrames, Framing, RecordingError, collate
+from .events import load as load_events
+from .images import ImageData, Images, load, transforms
+
+__all__ = [
+    "ArchiveError",
+    "Augment",
+    "DirectEncoder",
+    "EventData",
+    "EventFrames",
+    "Framing",
+    "ImageData",
+    "Images",
+    "PoissonEncoder",
+    "RecordingError",
+    "collate",
+    "load",
+    "load_events",
+    "transforms",
+]

@@ -1,0 +1,407 @@
+"""The three stages of LaSNN from one description (Section III-D), each skipped when its result is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import MultiStepLR
+
+from .. import models
+from ..analysis import inspection
+from ..analysis.spikes import spike_statistics
+from ..conversion.calibration import calibrate
+from ..conversion.convert import balance_thresholds, convert
+from ..data.encoding import DirectEncoder, PoissonEncoder
+from ..data.images import ImageData
+from ..distillation.objectives import CrossEntropy, LabelKD, Objective, SpikeKD
+from ..neurons import LinearSurrogate, TimeLoopNode
+from ..runtime import distributed, random_state
+from ..runtime.cost import Cost
+from ..runtime.files import check_settings
+from ..training.evaluation import evaluate
+from ..training.trainer import LaSNNTrainer
+
+log = logging.getLogger(__name__)
+
+CHUNK = 32  # time steps of an evaluation in memory at once
+STAGES = ("teacher", "ann", "converted", "converted_10T", "start", "hybrid", "lasnn")
+NEEDS = {
+    "converted": "ann", "converted_10T": "converted", "calibrated": "ann", "start": "converted",
+    "hybrid": "start", "label_kd": "start", "spike_kd": "start", "lasnn": "start",
+}  # fmt: skip
+TITLES = {
+    "teacher": "teacher",
+    "ann": "intermediate ANN",
+    "converted": "converted, T = {T}",
+    "converted_10T": "converted, T = {T10}",
+    "calibrated": "calibrated, T = {T}",
+    "start": "thresholds x {scale}, T = {T}",
+    "hybrid": "hybrid (CE only), T = {T}",
+    "label_kd": "label distillation, T = {T}",
+    "spike_kd": "spike-based KD (approximation), T = {T}",
+    "lasnn": "LaSNN, T = {T}",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One LaSNN run, with the paper's settings as defaults.
+
+    Attributes:
+        student: network of :mod:`lasnn_sj.models`, as intermediate ANN and as SNN.
+        width: factor of the student's channels.
+        T: time steps of training and inference.
+        encoding: ``"poisson"`` or ``"direct"``.
+        attention: ``"activation"`` or ``"gradient"``.
+        alpha: weight of the attention loss.
+        leak: factor of the potential per time step (Eq. 1); 1 is no leak.
+        gamma: height of the surrogate (Eq. 15).
+        dropout: dropout probability of the student, as ANN and as SNN.
+        teacher: ``"resnet20"``, ``"vgg16"`` or ``"densenet121"`` in CIFAR form.
+        teacher_width: factor of the teacher's channels (not of DenseNet121's).
+        teacher_epochs: of stage 1, the teacher's training by SGD.
+        teacher_lr: learning rate of stage 1, a tenth after 60, 80 and 90 % of the epochs.
+        teacher_batch: images of a training step in stage 1.
+        ann_epochs: of stage 2, the intermediate ANN's training by SGD.
+        ann_lr: learning rate of stage 2, falling as stage 1's.
+        ann_batch: images of a training step in stage 2.
+        calibration_images: how many threshold balancing sees.
+        calibration_steps: time steps of threshold balancing.
+        threshold_statistic: ``"max"`` or a percentile.
+        threshold_scale: factor of the thresholds for stage 3 (the converted SNN itself has factor 1).
+        epochs: of stage 3, the student's training by Adam; the baselines that train have the same.
+        lr: learning rate of stage 3.
+        batch: images of a training step in stage 3.
+        weight_decay: of stage 3.
+        validate_every: stage 3 looks at the test images after every so many epochs.
+        seed: of weights, order of the images, codes and dropout.
+        workers: processes that load images.
+    """
+
+    student: str = "vgg5"
+    width: float = 1.0
+    T: int = 100
+    encoding: Literal["poisson", "direct"] = "poisson"
+    attention: Literal["activation", "gradient"] = "activation"
+    alpha: float = 0.9
+    leak: float = 0.99
+    gamma: float = 0.3
+    dropout: float = 0.2
+    teacher: Literal["resnet20", "vgg16", "densenet121"] = "resnet20"
+    teacher_width: float = 1.0
+    teacher_epochs: int = 300
+    teacher_lr: float = 0.01
+    teacher_batch: int = 256
+    ann_epochs: int = 200
+    ann_lr: float = 0.01
+    ann_batch: int = 256
+    calibration_images: int = 512
+    calibration_steps: int = 2500
+    threshold_statistic: Literal["max"] | float = "max"
+    threshold_scale: float = 0.7
+    epochs: int = 100
+    lr: float = 1e-4
+    batch: int = 16
+    weight_decay: float = 5e-4
+    validate_every: int = 1
+    seed: int = 0
+    workers: int = 0
+
+
+class Pipeline:
+    """Runs a recipe's stages in a run folder.
+
+    Args:
+        recipe: the description.
+        data: images.
+        run_dir: each stage has a folder here with its checkpoints, curves and ``result.json``; a stage
+            whose result is there is not run again, a stage that was cut off goes on.
+        teacher: a ready teacher instead of stage 1's, taking images in [-1, 1].
+        ann: a ready intermediate ANN, the recipe's ``student`` with ReLU, instead of stage 2's.
+        snn_teacher: what teaches in the stage ``"spike_kd"``, a trained SNN for the recipe's encoding.
+        device: where to run.
+
+    The stages are those of :data:`STAGES`, which :meth:`run` runs by itself, and the baselines
+    ``"calibrated"`` (:func:`~lasnn_sj.conversion.calibration.calibrate`, at the recipe's ``T``),
+    ``"label_kd"`` (:class:`~lasnn_sj.distillation.objectives.LabelKD`) and ``"spike_kd"``
+    (:class:`~lasnn_sj.distillation.objectives.SpikeKD`), which have to be named.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
+        RuntimeError: several processes under torchrun.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageData,
+        run_dir: str | Path,
+        teacher: nn.Module | None = None,
+        ann: nn.Module | None = None,
+        snn_teacher: nn.Module | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        distributed.refuse("Pipeline")
+        self.recipe, self.data, self.device = recipe, data, torch.device(device)
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._given, self._ann, self._snn_teacher = (
+            None if net is None else net.to(self.device) for net in (teacher, ann, snn_teacher)
+        )
+        check_settings(
+            self.run_dir / "recipe.json",
+            asdict(recipe)
+            | {
+                "data": data.name,
+                "train_images": len(data.train),
+                "test_images": len(data.test),
+                "given_ann": ann is not None,
+            },
+        )
+
+    def run(self, stages: Sequence[str] = STAGES) -> dict[str, dict[str, float]]:
+        """Results of the stages by name.
+
+        Each has ``top1`` in percent, ``loss``, ``samples``, ``seconds`` (of the process that finished it)
+        and ``peak_memory_mib``; a trained one ``seconds_per_epoch``; an SNN ``top1_over_time`` (after 1,
+        2, ..., ``T`` steps), ``spikes_per_neuron`` and, by layer, ``spikes``.
+        """
+        unknown = [stage for stage in stages if stage not in TITLES]
+        if unknown:
+            raise ValueError(f"stages must be among {', '.join(TITLES)}, got {', '.join(unknown)}")
+        return {stage: self._stage(stage) for stage in stages}
+
+    def encoder(self, T: int | None = None) -> nn.Module:
+        """The recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
+        T = T or self.recipe.T
+        if self.recipe.encoding == "direct":
+            return DirectEncoder(T)
+        return PoissonEncoder(T, torch.Generator(self.device).manual_seed(self.recipe.seed))
+
+    def teacher(self) -> nn.Module:
+        """Stage 1's network, trained, or the one that was given."""
+        given = None if self._given is None else type(self._given).__name__
+        check_settings(self.run_dir / "teacher.json", {"given_teacher": given})
+        if self._given is not None:
+            return self._given.eval()
+        self._stage("teacher")
+        return self._load("teacher", self._build_teacher()).eval()
+
+    def student(self, stage: str) -> nn.Module:
+        """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it."""
+        if stage == "ann" and self._ann is not None:
+            return self._ann
+        self._stage(stage)
+        net = self._build_ann()
+        return self._load(stage, net if stage == "ann" else self._to_snn(net))
+
+    def _stage(self, stage: str) -> dict[str, float]:
+        path = self.run_dir / stage / "result.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        self._prepare(stage)
+        log.info("stage %s of %s", stage, self.run_dir)
+        path.parent.mkdir(exist_ok=True)
+        # What a stage gives must not depend on which others this process has run: calibration images are
+        # augmented.
+        random_state.seed_everything(self.recipe.seed)
+        with Cost(self.device) as cost:
+            result = getattr(self, f"_run_{stage}")(path.parent)
+        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+        return result
+
+    def _prepare(self, stage: str) -> None:
+        """Run what a stage needs first: its time is its own."""
+        if stage == "spike_kd" and self._snn_teacher is None:
+            raise ValueError("the stage spike_kd needs an SNN that teaches: give Pipeline an snn_teacher")
+        needed = NEEDS.get(stage)
+        if needed is not None and not (needed == "ann" and self._ann is not None):
+            self._stage(needed)
+        if stage in ("label_kd", "lasnn") and self._given is None:
+            self._stage("teacher")
+
+    def _run_teacher(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        _, test = self.data.loaders(r.teacher_batch, r.workers)
+        if self._given is not None:
+            return evaluate(self._given, test, device=self.device)
+        net = self._build_teacher()
+        result = self._train_ann(net, folder, r.teacher_epochs, r.teacher_lr, r.teacher_batch)
+        self._keep(folder, net)
+        return result
+
+    def _run_ann(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        if self._ann is not None:
+            _, test = self.data.loaders(r.ann_batch, r.workers)
+            return evaluate(self._ann, test, device=self.device)
+        net = self._build_ann()
+        result = self._train_ann(net, folder, r.ann_epochs, r.ann_lr, r.ann_batch)
+        self._keep(folder, net)
+        return result
+
+    def _run_converted(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        snn = self._to_snn(self.student("ann"))
+        loader, test = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        images = next(iter(loader))[0].to(self.device)
+        thresholds = balance_thresholds(
+            snn, images, self.encoder(r.calibration_steps), r.threshold_statistic, progress=True
+        )
+        for node in _nodes(snn):
+            node.leak = 1.0
+        self._keep(folder, snn)
+        (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1) + "\n")
+        return self._examine(snn, test)
+
+    def _run_converted_10T(self, folder: Path) -> dict[str, float]:
+        _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
+        return self._examine(self.student("converted"), test, 10 * self.recipe.T)
+
+    def _run_calibrated(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        loader, test = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        images = next(iter(loader))[0].to(self.device)
+        snn = calibrate(self.student("ann"), images, self.encoder(), progress=True)
+        return self._examine(snn, test)
+
+    def _run_start(self, folder: Path) -> dict[str, float]:
+        r = self.recipe
+        snn = self.student("converted")
+        for node in _nodes(snn):
+            node.leak = r.leak
+            node.v_threshold *= r.threshold_scale
+        for module in snn.modules():
+            if isinstance(module, models.resnet.Block):
+                module.skip_scale.div_(r.threshold_scale)
+        self._keep(folder, snn)
+        _, test = self.data.loaders(r.batch, r.workers)
+        return self._examine(snn, test)
+
+    def _run_hybrid(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, CrossEntropy())
+
+    def _run_label_kd(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, LabelKD(), self.teacher())
+
+    def _run_spike_kd(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, SpikeKD(self._snn_teacher))
+
+    def _run_lasnn(self, folder: Path) -> dict[str, float]:
+        return self._train_snn(folder, CrossEntropy(), self.teacher(), self.recipe.attention)
+
+    def _train_snn(
+        self,
+        folder: Path,
+        objective: Objective,
+        teacher: nn.Module | None = None,
+        attention: str | None = None,
+    ) -> dict[str, float]:
+        r = self.recipe
+        snn = self.student("start")
+        train, test = self.data.loaders(r.batch, r.workers, seed=r.seed)
+        trainer = LaSNNTrainer(
+            snn,
+            teacher,
+            encoder=self.encoder(),
+            attention=attention,
+            alpha=r.alpha,
+            objective=objective,
+            optimizer=Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay),
+            run_dir=folder,
+            device=self.device,
+            seed=r.seed,
+        )
+        history = trainer.fit(train, test, r.epochs, r.validate_every)
+        self._keep(folder, snn)
+        trainer.encoder = self.encoder()  # codes that whoever evaluates the kept network has too
+        return inspection.results(inspection.inspect(trainer, test)) | _per_epoch(history)
+
+    def _examine(self, snn: nn.Module, test: Iterable, T: int | None = None) -> dict[str, object]:
+        """What is said of an SNN: accuracy after each step, and spikes."""
+        result = evaluate(snn, test, self.encoder(T), device=self.device, chunk=CHUNK, over_time=True)
+        seen = spike_statistics(snn, test, self.encoder(T), device=self.device, chunk=CHUNK)
+        return result | {"spikes_per_neuron": seen.mean, "spikes": seen.spikes_per_neuron}
+
+    def _train_ann(
+        self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int
+    ) -> dict[str, float]:
+        train, test = self.data.loaders(batch, self.recipe.workers, seed=self.recipe.seed)
+        optimizer = SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        scheduler = MultiStepLR(optimizer, [round(epochs * part) for part in (0.6, 0.8, 0.9)])
+        trainer = LaSNNTrainer(
+            net, attention=None, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
+            seed=self.recipe.seed,
+        )  # fmt: skip
+        history = trainer.fit(train, epochs=epochs)
+        return trainer.evaluate(test) | _per_epoch(history)
+
+    def _build_teacher(self) -> nn.Module:
+        r, d = self.recipe, self.data
+        random_state.seed_everything(r.seed)
+        if r.teacher == "densenet121":
+            net = models.teacher_densenet121(d.num_classes, d.in_channels)
+        else:
+            build = {"resnet20": models.teacher_resnet20, "vgg16": models.teacher_vgg16}[r.teacher]
+            net = build(d.num_classes, d.in_channels, r.teacher_width)
+        return models.WithStatistics(net, d.mean, d.std).to(self.device)
+
+    def _build_ann(self) -> nn.Module:
+        r, d = self.recipe, self.data
+        random_state.seed_everything(r.seed + 1)
+        build = getattr(models, r.student)
+        return build(
+            d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout
+        ).to(self.device)
+
+    def _to_snn(self, ann: nn.Module) -> nn.Module:
+        snn = convert(ann, leak=self.recipe.leak)
+        for node in _nodes(snn):
+            node.surrogate_function = LinearSurrogate(self.recipe.gamma)
+        return snn
+
+    @staticmethod
+    def _keep(folder: Path, net: nn.Module) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+
+    def _load(self, stage: str, net: nn.Module) -> nn.Module:
+        net.load_state_dict(load_file(self.run_dir / stage / "weights.safetensors", device=str(self.device)))
+        return net
+
+
+def _nodes(snn: nn.Module) -> list[TimeLoopNode]:
+    return [module for module in snn.modules() if isinstance(module, TimeLoopNode)]
+
+
+def _per_epoch(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {"seconds_per_epoch": statistics.median(row["seconds"] for row in history)}
+
+
+def table(recipe: Recipe, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown table of one run, or of several seeds as mean and sample standard deviation."""
+    head = "top-1 %" if len(runs) == 1 else f"top-1 %, mean ± deviation of {len(runs)} seeds"
+    rows = [("", head, "seconds")]
+    for stage in (stage for stage in TITLES if stage in runs[0]):
+        top1 = [run[stage]["top1"] for run in runs]
+        spread = "" if len(runs) == 1 else f" ± {statistics.stdev(top1):.2f}"
+        seconds = statistics.mean(run[stage]["seconds"] for run in runs)
+        title = TITLES[stage].format(T=recipe.T, T10=10 * recipe.T, scale=recipe.threshold_scale)
+        rows.append((title, f"{statistics.mean(top1):.2f}{spread}", f"{seconds:.0f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,386 @@
+"""What a configuration describes and leaves in its folder: a recipe, its data, some seeds, one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from .. import models
+from ..data import events
+from ..data import images as data
+from ..data.encoding import DirectEncoder
+from ..neurons import keep_freed_memory
+from ..training.evaluation import evaluate
+from . import config, pipeline, reverse
+
+FILE = "config.yaml"
+# Stages of LaSNN that leave no spiking network.
+NO_STUDENT = ("teacher", "ann", "converted_10T", "calibrated")
+FRACTION = ("lie in [0, 1]", lambda n: 0 <= n <= 1)
+# What would else be refused hours later, by the stage that needs it: names of numbers, bounds, test.
+LIMITS = {
+    name: (words, fits)
+    for names, words, fits in (
+        ("seeds workers alpha weight_decay", "be at least 0", lambda n: n >= 0),
+        ("T epochs batch teacher_epochs teacher_batch ann_epochs ann_batch validate_every calibration_images "
+         "calibration_steps classes per_class shrink", "be at least 1", lambda n: n >= 1),
+        ("width teacher_width lr teacher_lr ann_lr gamma threshold_scale temperature default_temperature",
+         "be above 0", lambda n: n > 0),
+        ("dropout ratios", "lie in [0, 1)", lambda n: 0 <= n < 1),
+        ("leak default_probability default_alpha", *FRACTION),
+        ("threshold_statistic", 'be "max" or lie in (0, 100]', lambda n: 0 < n <= 100),
+    )
+    for name in names.split()
+}  # fmt: skip
+LASNN_STUDENTS = ("conv3_linear2", "vgg5", "vgg7", "vgg9", "vgg16", "resnet12", "resnet20")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(ABC):
+    """A recipe over some seeds; ``run_dir/seed0``, ... hold the parts, ``run_dir/table.md`` the table.
+
+    Attributes:
+        seeds: one run of all rows each.
+        run_dir: folder of the results, curves, checkpoints and tables.
+        device: "cpu", "cuda", "cuda:1", ...
+    """
+
+    method: ClassVar[str]
+    limits: ClassVar[Mapping[str, tuple]] = LIMITS
+
+    seeds: tuple[int, ...] = (0,)
+    run_dir: Path = Path("runs/unnamed")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds must hold at least one number, got none")
+        if self.recipe.seed:
+            raise ValueError(f"recipe.seed is set from seeds; give seeds: [{self.recipe.seed}] instead")
+        for prefix, described in (("", self), ("recipe.", self.recipe)):
+            for field in dataclasses.fields(described):
+                self._check_numbers(prefix + field.name, getattr(described, field.name))
+
+    @functools.cached_property
+    def data(self) -> data.ImageData | events.EventData:
+        """The data set, loaded when it is first asked for."""
+        return self._load()
+
+    def run(self) -> dict[int, Mapping[str, Mapping[str, float]]]:
+        """All rows of all seeds; prints and writes the table after each seed.
+
+        Returns:
+            Results by seed and row. A run that was cut off goes on, what is done is not done again.
+
+        Raises:
+            ValueError: the folder holds a run with other settings, or the device is not there.
+        """
+        self._check_device()
+        if self.device == "cpu":
+            keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
+        parts = {seed: self.part(seed) for seed in self.seeds}  # raises where the folder is another run's
+        config.write(self.run_dir / FILE, {"method": self.method} | config.plain(self))
+        results = {}
+        for seed, part in parts.items():
+            results[seed] = self._run_part(part)
+            text = self._table(results)
+            (self.run_dir / "table.md").write_text(text + "\n")
+            print(f"\n{self.title()}\n{text}")
+        return results
+
+    def evaluate(self, seed: int, row: str) -> dict[str, float]:
+        """Loss and accuracy on the test data of a row's trained student."""
+        student = self.student(seed, row)
+        _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
+        return evaluate(student, test, self._encoder(seed), device=self.device)
+
+    def student(self, seed: int, row: str) -> nn.Module:
+        """A row's trained student.
+
+        Raises:
+            FileNotFoundError: that row is not finished; the message says which are.
+            ValueError: the device is not there.
+        """
+        self._check_device()
+        done = self.finished(seed)
+        if row not in done:
+            what = "keeps no network of" if self._row(row.replace(" ", "_")) is None else "has no finished"
+            raise FileNotFoundError(
+                f"{self.run_dir} {what} {row!r} of seed {seed}; finished are {', '.join(done) or 'none'}"
+                + ("" if what.startswith("keeps") else ". Train again to finish what is missing")
+            )
+        return self.part(seed).student(row)
+
+    def finished(self, seed: int) -> list[str]:
+        """Rows of a seed that have a trained spiking network and its result."""
+        folders = sorted(path.parent for path in (self.run_dir / f"seed{seed}").glob("*/result.json"))
+        rows = (self._row(f.name) for f in folders if (f / "weights.safetensors").exists())
+        return [row for row in rows if row is not None]
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the student is given at each step."""
+        return (self.data.in_channels, self.data.image_size, self.data.image_size)
+
+    @property
+    @abstractmethod
+    def rows(self) -> list[str]:
+        """The trained students that the run is about."""
+
+    @abstractmethod
+    def part(self, seed: int) -> pipeline.Pipeline | reverse.Study:
+        """What runs one seed."""
+
+    @abstractmethod
+    def title(self) -> str:
+        """The table's heading."""
+
+    @abstractmethod
+    def _load(self) -> data.ImageData | events.EventData: ...
+
+    @abstractmethod
+    def _encoder(self, seed: int) -> nn.Module | None: ...
+
+    @abstractmethod
+    def _table(self, results: Mapping[int, Mapping]) -> str: ...
+
+    @abstractmethod
+    def _row(self, folder: str) -> str | None:
+        """The row whose folder has this name; ``None`` where there is no student in it."""
+
+    def _run_part(self, part: pipeline.Pipeline | reverse.Study) -> Mapping:
+        return part.run()
+
+    def _check_numbers(self, key: str, given: object) -> None:
+        words, fits = self.limits.get(key.removeprefix("recipe."), ("", None))
+        for number in given if isinstance(given, tuple) else (given,):
+            if fits and isinstance(number, (int, float)) and not fits(number):
+                raise ValueError(f"{key} must {words}, got {number}")
+
+    def _check_device(self) -> None:
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {self.device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device}, but PyTorch sees no CUDA device; give device cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            last = torch.cuda.device_count() - 1
+            raise ValueError(f"device is {self.device}, but the CUDA devices are cuda:0 to cuda:{last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaSNN(Run):
+    """LaSNN on images: teacher, intermediate ANN, conversion, training without and with the teacher.
+
+    Attributes:
+        recipe: networks and settings; its seed is replaced by each of ``seeds``.
+        stages: rows of the table; baselines beyond these are ``"label_kd"`` and ``"calibrated"``.
+        source: "cifar10", "cifar100", "tiny-imagenet", "digits", or an .npz file.
+        root: folder of the downloaded data set.
+        train_images: how many of the training images, all if not given.
+        test_images: how many of the test images, all if not given.
+        teacher_checkpoint: file of a trained ResNet-20 (the one of pytorch_resnet_cifar10) that takes the
+            place of stage 1.
+    """
+
+    method: ClassVar[str] = "lasnn"
+
+    recipe: pipeline.Recipe
+    stages: tuple[str, ...] = pipeline.STAGES
+    source: str = "cifar10"
+    root: Path = Path("data")
+    train_images: int | None = None
+    test_images: int | None = None
+    teacher_checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, given, known in (
+            ("recipe.student", (self.recipe.student,), LASNN_STUDENTS),
+            # spike_kd needs an SNN that teaches, which only Python can give
+            ("stages", self.stages, tuple(stage for stage in pipeline.TITLES if stage != "spike_kd")),
+        ):
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"{key}: there is no {name!r}{config.nearest(name, known)}")
+
+    @property
+    def rows(self) -> list[str]:
+        return [stage for stage in self.stages if stage not in NO_STUDENT][-1:] or ["lasnn"]
+
+    def part(self, seed: int) -> pipeline.Pipeline:
+        path = self.teacher_checkpoint
+        if path is not None and not path.is_file():
+            raise ValueError(f"teacher_checkpoint: there is no file {path}")
+        teacher = None if path is None else models.published_resnet20(path)
+        recipe = dataclasses.replace(self.recipe, seed=seed)
+        folder = self.run_dir / f"seed{seed}"
+        return pipeline.Pipeline(recipe, self.data, folder, teacher=teacher, device=self.device)
+
+    def title(self) -> str:
+        return f"{self.recipe.student}, width {self.recipe.width}, {len(self.data.train)} training images"
+
+    def _load(self) -> data.ImageData:
+        return data.load(self.source, self.root).subset(self.train_images, self.test_images)
+
+    def _encoder(self, seed: int) -> nn.Module:
+        return self.part(seed).encoder()
+
+    def _run_part(self, part: pipeline.Pipeline) -> Mapping:
+        return part.run(self.stages)
+
+    def _table(self, results: Mapping[int, Mapping]) -> str:
+        return pipeline.table(self.recipe, list(results.values()))
+
+    def _row(self, folder: str) -> str | None:
+        return None if folder in NO_STUDENT else folder
+
+
+class _Reverse(Run):
+    """What reverse distillation has in common on images and on event frames."""
+
+    limits: ClassVar[Mapping[str, tuple]] = LIMITS | {"alpha": FRACTION}
+
+    @property
+    def rows(self) -> list[str]:
+        sparse = [f"sparse {ratio:g}" for ratio in self.recipe.ratios]
+        return ["alone", *sparse, *(["default"] if self.recipe.default else [])]
+
+    def _table(self, results: Mapping[int, Mapping]) -> str:
+        reverse.write_csv(self.run_dir / "table.csv", results)
+        return reverse.table(list(results.values()))
+
+    def _row(self, folder: str) -> str | None:
+        return folder.replace("_", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseOnImages(_Reverse):
+    """Reverse distillation on images: the student alone, and with each teacher.
+
+    Attributes:
+        recipe: settings; its seed is replaced by each of ``seeds``.
+        T: time steps.
+        source: "cifar100", "cifar10", "tiny-imagenet", "digits", or an .npz file.
+        root: folder of the downloaded data set.
+        classes: the first so many classes, all if not given.
+        per_class: training images of each class, all if not given.
+        shrink: mean over squares of so many pixels, in front of the network (VGG16 needs 32x32); 1 leaves
+            images as they are.
+    """
+
+    method: ClassVar[str] = "reverse"
+
+    recipe: reverse.Recipe
+    T: int = 4
+    source: str = "cifar100"
+    root: Path = Path("data")
+    classes: int | None = None
+    per_class: int | None = None
+    shrink: int = 1
+
+    def part(self, seed: int) -> reverse.Study:
+        recipe = dataclasses.replace(self.recipe, seed=seed)
+        return reverse.Study(
+            recipe, self.data, self.run_dir / f"seed{seed}", self._encoder(seed), self.device
+        )
+
+    def title(self) -> str:
+        r, d = self.recipe, self.data
+        return (
+            f"{r.student}, width {r.width}, T = {self.T}, {d.num_classes} classes, {len(d.train)} "
+            f"training and {len(d.test)} test images of {d.image_size}x{d.image_size}, {r.epochs} epochs"
+        )
+
+    def _load(self) -> data.ImageData:
+        images = data.load(self.source, self.root)
+        if self.classes is not None or self.per_class is not None:
+            images = images.first_classes(self.classes or images.num_classes, self.per_class)
+        return dataclasses.replace(images, image_size=images.image_size // self.shrink)
+
+    def _encoder(self, seed: int) -> nn.Module:
+        return nn.Sequential(nn.AvgPool2d(self.shrink), DirectEncoder(self.T))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseOnEvents(_Reverse):
+    """Reverse distillation on event recordings: the student alone, and with each teacher.
+
+    Attributes:
+        recipe: network and settings; its seed is replaced by each of ``seeds``.
+        framing: how recordings become frames; its T is the network's.
+        source: "dvs-gesture", "n-mnist" or "cifar10-dvs".
+        root: folder with DVSGesture, NMNIST or CIFAR10DVS in it.
+        cache: folder of the cached frames, ``root/frames`` if not given.
+        augment: flip (with the labels it changes), shift and cutout in training.
+    """
+
+    method: ClassVar[str] = "reverse-events"
+
+    recipe: reverse.Recipe
+    framing: events.Framing = events.Framing()
+    source: Literal["dvs-gesture", "n-mnist", "cifar10-dvs"] = "dvs-gesture"
+    root: Path = Path("data")
+    cache: Path | None = None
+    augment: bool = True
+
+    def part(self, seed: int) -> reverse.Study:
+        recipe = dataclasses.replace(self.recipe, seed=seed)
+        return reverse.Study(recipe, self.data, self.run_dir / f"seed{seed}", device=self.device)
+
+    def title(self) -> str:
+        r, d = self.recipe, self.data
+        return (
+            f"{r.student}, width {r.width}, T = {self.framing.T}, {len(d.train)} training and {len(d.test)} "
+            f"test recordings (one is {100 / len(d.test):.2f} points), frames of "
+            f"{d.image_size}x{d.image_size}, {r.epochs} epochs"
+        )
+
+    def _load(self) -> events.EventData:
+        return events.load(self.source, self.root, self.framing, self.augment, self.cache)
+
+    def _encoder(self, seed: int) -> None:
+        return None
+
+
+METHODS: dict[str, type[Run]] = {kind.method: kind for kind in (LaSNN, ReverseOnImages, ReverseOnEvents)}
+
+
+def read(path: str | Path) -> Run:
+    """The run that a YAML file describes; ``method`` says which of :data:`METHODS` it is.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value in it is wrong; the message names it.
+    """
+    mapping = config.read(path)
+    method = mapping.pop("method", None)
+    if method not in METHODS:
+        given = "no method" if method is None else f"method {method!r}, which there is not"
+        raise config.ConfigError(f"{path}: has {given}{config.nearest(str(method), list(METHODS))}")
+    return config.build(METHODS[method], mapping, str(path))
+
+
+def open_folder(run_dir: str | Path) -> tuple[Run, list[int]]:
+    """The run that was started in a folder, and the seeds that have a folder there.
+
+    Raises:
+        ConfigError: no run was started there.
+    """
+    folder = Path(run_dir)
+    if not (folder / FILE).is_file():
+        raise config.ConfigError(
+            f"{folder} has no {FILE}; give the folder (run_dir) of a run of the command line or the examples"
+        )
+    seeds = sorted(int(path.name[4:]) for path in folder.glob("seed*") if path.name[4:].isdigit())
+    if not seeds:
+        raise config.ConfigError(f"{folder} has no seed's folder; train again")
+    return dataclasses.replace(read(folder / FILE), run_dir=folder), seeds

@@ -1,0 +1,205 @@
+"""A loader's batches, in an order that can be left and taken up again, alone or shared by processes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from ..runtime import distributed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loader gave.
+
+    Attributes:
+        content: the batch, as the loader gave it.
+        position: number within the epoch, from 0 on.
+        indices: of its samples in the data set, where they are known.
+    """
+
+    content: object
+    position: int
+    indices: list[int] | None
+
+
+class TrainingBatches:
+    """This process' batches of a training loader, each epoch from any position on.
+
+    A plain :class:`~torch.utils.data.DataLoader` of a map-style data set keeps its order. Several
+    processes share it: they take turns with its samples, so that two of them with batches of ``B`` see
+    together what one would see in a batch of ``2 B``; the last few samples are made up from the first so that
+    all have equally many. A :class:`~torch.utils.data.DistributedSampler` is left as it is and told the
+    epoch. Any other loader must give each process its own batches.
+
+    Positions are skipped for nothing where the loader has no workers; else what lies before is loaded again
+    and dropped, because a worker's random numbers depend on what it has loaded.
+
+    Args:
+        loader: gives ``(images, labels)``.
+
+    Attributes:
+        even: whether every process is sure to have as many batches.
+    """
+
+    def __init__(self, loader: Iterable) -> None:
+        self.loader, self._order, self._source = loader, None, loader
+        self.even = _can_be_rebuilt(loader) or distributed.world_size() == 1
+        if _can_be_rebuilt(loader):
+            self._order = _Order(loader)
+            self._source = _rebuilt(loader, self._order)
+        elif distributed.world_size() > 1:
+            log.warning(
+                "%s cannot be shared out: each process trains on what its own loader gives",
+                type(loader).__name__,
+            )
+        if getattr(loader, "num_workers", 0) and getattr(loader, "persistent_workers", False):
+            log.warning(
+                "persistent workers carry their random numbers from epoch to epoch, which no checkpoint "
+                "holds; a resumed run will augment differently (persistent_workers=False does not)"
+            )
+
+    def __len__(self) -> int:
+        """Batches of an epoch; 0 where nobody knows."""
+        return len(self._source) if hasattr(self._source, "__len__") else 0
+
+    def epoch(self, number: int, start: int, arrive: Callable[[], None]) -> Iterator[Batch]:
+        """Batches of an epoch from position ``start`` on.
+
+        Args:
+            number: of the epoch, from 1 on.
+            start: batches to leave out.
+            arrive: called once they are behind, before anything of the next batch is made.
+        """
+        for part in parts_of(self.loader):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(number - 1)
+        first = 0
+        if self._order is not None:
+            self._order.given.clear()
+            if self._source.num_workers == 0:
+                self._order.skip(start, arrive)
+                first = start
+        source = iter(self._source)
+        for position in itertools.count(first):
+            if position == start and start > first:
+                arrive()
+            try:
+                content = next(source)
+            except StopIteration:
+                return
+            indices = self._order.given.popleft() if self._order is not None else None
+            if position >= start:
+                yield Batch(content, position, indices)
+
+
+class _Order:
+    """Batch sampler: a loader's own batches of indices, or this process' share, from a position on."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader, self._skip = loader, 0
+        self._arrive: Callable[[], None] | None = None
+        self.given: deque[list[int]] = deque()
+
+    def skip(self, count: int, arrive: Callable[[], None]) -> None:
+        """Begin the next epoch behind ``count`` batches."""
+        self._skip, self._arrive = count, arrive if count else None
+
+    def __len__(self) -> int:
+        loader, processes = self._loader, distributed.world_size()
+        if not self._shares:
+            return len(loader.batch_sampler)
+        if loader.batch_size is None:
+            return len(loader.batch_sampler) // processes
+        mine = math.ceil(len(loader.sampler) / processes) / loader.batch_size
+        return math.floor(mine) if loader.drop_last else math.ceil(mine)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self._share() if self._shares else self._loader.batch_sampler)
+        for _ in itertools.islice(batches, self._skip):
+            pass
+        if self._arrive is not None:
+            self._arrive()
+        for indices in batches:
+            self.given.append(list(indices))
+            yield indices
+
+    @property
+    def _shares(self) -> bool:
+        return distributed.world_size() > 1 and not _is_shared(self._loader)
+
+    def _share(self) -> Iterator[list[int]]:
+        loader, rank, processes = self._loader, distributed.rank(), distributed.world_size()
+        if loader.batch_size is None:  # a batch sampler of the user's: whole batches in turn
+            batches = distributed.from_main([list(b) for b in loader.batch_sampler] if rank == 0 else None)
+            return iter(batches[rank : len(batches) // processes * processes : processes])
+        order = distributed.from_main(list(loader.sampler) if rank == 0 else None)
+        even = math.ceil(len(order) / processes) * processes
+        mine = list(itertools.islice(itertools.cycle(order), even))[rank::processes]
+        return iter(BatchSampler(mine, loader.batch_size, loader.drop_last))
+
+
+def parts_of(*loaders: Iterable | None) -> list[object]:
+    """Loaders, their samplers, batch samplers, the samplers in those, and data sets."""
+    parts: list[object] = list(loaders)
+    for name in ("sampler", "batch_sampler", "dataset"):
+        parts += [getattr(loader, name, None) for loader in loaders]
+    return parts + [getattr(part, "sampler", None) for part in parts]
+
+
+def _is_shared(loader: DataLoader) -> bool:
+    """Whether its own sampler gives each process a share."""
+    return any(isinstance(part, DistributedSampler) for part in parts_of(loader))
+
+
+def evaluation_share(loader: Iterable) -> Iterable:
+    """This process' share of an evaluation loader: together all processes see each sample once.
+
+    Samples in turn of a plain :class:`~torch.utils.data.DataLoader` (what a ``DistributedSampler`` makes up
+    is left out), batches in turn of anything else.
+    """
+    rank, processes = distributed.rank(), distributed.world_size()
+    if processes == 1:
+        return loader
+    shared = _can_be_rebuilt(loader) and _is_shared(loader)
+    if not shared and (not _can_be_rebuilt(loader) or loader.batch_size is None):
+        return itertools.islice(loader, rank, None, processes)
+    if shared:
+        order = range(len(loader.dataset))
+    else:
+        order = distributed.from_main(list(loader.sampler) if rank == 0 else None)
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    return _rebuilt(loader, BatchSampler(order[rank::processes], batch_size, drop_last=False))
+
+
+def _can_be_rebuilt(loader: Iterable) -> bool:
+    return (
+        type(loader) is DataLoader
+        and loader.batch_sampler is not None
+        and not isinstance(loader.dataset, IterableDataset)
+    )
+
+
+def _rebuilt(loader: DataLoader, batch_sampler: object) -> DataLoader:
+    """The same loader with another order."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batch_sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )

@@ -1,0 +1,200 @@
+"""Accuracy of a network on a loader's batches, and what is checked of every batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..models.readout import BatchError, class_scores, resolve_readout
+from ..runtime import distributed
+from .dataloader import evaluation_share
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and neurons without a state; afterwards each module's own mode, and no state again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+        functional.reset_net(model)
+    try:
+        yield
+    finally:
+        for module, training in modes:  # some may stay in evaluation mode while the others train
+            module.training = training
+        for model in models:
+            functional.reset_net(model)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    encoder: nn.Module | None = None,
+    *,
+    readout: Literal["auto", "last", "mean"] = "auto",
+    device: torch.device | str | None = None,
+    chunk: int | None = None,
+    over_time: bool = False,
+) -> dict[str, float | list[float]]:
+    """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
+
+    Of several processes each takes its share of the samples (see :func:`.batches.evaluation_share`), and all
+    get the same result; all must call it.
+
+    Args:
+        model: gives class scores ``[N, K]`` or ``[T, N, K]``; its mode is restored afterwards.
+        loader: batches ``(images, labels)``.
+        encoder: gives the input its time axis.
+        readout: as for :class:`LaSNNTrainer`.
+        device: the model's if not given.
+        chunk: time steps held in memory at once, all if not given. For networks whose layers carry their
+            state from step to step, as those of :mod:`lasnn_sj.models` do; layers that look at the whole
+            sequence need it whole.
+        over_time: also say what the accuracy would be if the network were stopped after each step.
+
+    Returns:
+        ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``; with ``over_time``
+        also ``top1_over_time``, the ``T`` values of ``top1`` after step 1 to ``T``, from the same pass.
+
+    Raises:
+        BatchError: an empty loader or a batch that cannot be used.
+        ValueError: ``over_time`` for a network that gives no scores of single steps.
+    """
+    device = torch.device(device) if device is not None else device_of(model)
+    readout = resolve_readout(model, readout)
+    hits = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
+    share, quiet = evaluation_share(loader), None if distributed.is_main() else True
+    with evaluating(model):
+        for index, batch in enumerate(tqdm(share, desc="evaluating", leave=False, disable=quiet)):
+            where = f"evaluation batch {index}"
+            images, labels = check_batch(batch, where)
+            images = images.to(device, non_blocking=True)
+            scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, over_time)
+            functional.reset_net(model)
+            check_labels(labels, scores.shape[1], where)
+            labels = labels.to(device)
+            if over_time:
+                hits = hits + (steps.argmax(2) == labels).sum(1)
+            loss, right = F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()
+            sums += torch.stack([loss.double(), right.double(), loss.new_tensor(len(labels)).double()])
+    loss, right, samples = distributed.total(sums).tolist()
+    if not samples:
+        raise BatchError("the evaluation loader gave no batch")
+    result = {"loss": loss / samples, "top1": 100 * right / samples, "samples": int(samples)}
+    if over_time:
+        result["top1_over_time"] = (100 * _over_all(hits, device) / samples).tolist()
+    return result
+
+
+def _over_all(hits: Tensor | int, device: torch.device) -> Tensor:
+    """Right answers after each step, of all processes; one that had no sample has 0 for them."""
+    T = max(distributed.of_all(len(hits) if isinstance(hits, Tensor) else 0))
+    return distributed.total(torch.zeros(T, dtype=torch.float64, device=device) + hits)
+
+
+def encoded_pieces(encoder: nn.Module | None, images: Tensor, chunk: int | None) -> Iterator[Tensor]:
+    """A batch as its network takes it, in pieces of at most ``chunk`` time steps where it is encoded."""
+    if encoder is None or chunk is None or chunk >= encoder.T:
+        yield images if encoder is None else encoder(images)
+        return
+    for start in range(0, encoder.T, chunk):
+        yield encoder.steps(images, min(chunk, encoder.T - start))
+
+
+def _scores(
+    model: nn.Module,
+    images: Tensor,
+    batch: int,
+    encoder: nn.Module | None,
+    readout: str,
+    chunk: int | None,
+    over_time: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Class scores ``[N, K]``; with ``over_time`` also those after each step, ``[T, N, K]``."""
+    total, T, so_far = 0.0, 0, []
+    for piece in encoded_pieces(encoder, images, chunk):
+        outputs = model(piece)
+        scores = class_scores(outputs, batch, readout)
+        if over_time:
+            if outputs.dim() != 3:
+                raise ValueError(
+                    f"over_time needs a network that gives scores of every step, [T, N, K], "
+                    f"{type(model).__name__} gives {tuple(outputs.shape)}"
+                )
+            # of a mean the sum up to each step: it has the same largest class
+            so_far.append(outputs if readout == "last" else outputs.cumsum(0) + total)
+        total, T = total + scores * len(piece), T + len(piece)
+    return scores if readout == "last" else total / T, torch.cat(so_far) if over_time else None
+
+
+def accuracy_over_time(
+    model: nn.Module,
+    loader: Iterable,
+    encoder: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    chunk: int | None = None,
+) -> list[float]:
+    """Top-1 accuracy in percent after step 1, 2, ..., ``T``, from one pass; see :func:`evaluate`."""
+    result = evaluate(model, loader, encoder, device=device, chunk=chunk, over_time=True)
+    return result["top1_over_time"]
+
+
+def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of a loader's batch.
+
+    Raises:
+        BatchError: not a pair of tensors, no sample, NaN or infinity, labels that are no whole numbers.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        many = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise BatchError(f"{where}: the loader must give (images, labels), got {type(batch).__name__}{many}")
+    images, labels = batch
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise BatchError(
+            f"{where}: images and labels must be tensors, got {type(images).__name__} and "
+            f"{type(labels).__name__}"
+        )
+    if labels.dim() != 1 or labels.numel() == 0 or labels.is_floating_point():
+        raise BatchError(
+            f"{where}: labels must be whole numbers [N] with N >= 1, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if not bool(torch.isfinite(images).all()):
+        finite = torch.isfinite(images).movedim(batch_axis(images, labels), 0)
+        bad = torch.nonzero(~finite.reshape(len(finite), -1).all(1)).flatten().tolist()
+        raise BatchError(f"{where}: images hold NaN or infinity, in samples {bad[:8]}")
+    return images, labels.long()
+
+
+def batch_axis(images: Tensor, labels: Tensor) -> int:
+    """1 where a batch has its time axis already, as event frames ``[T, N, ...]`` do, else 0.
+
+    Where ``T = N`` only frames ``[T, N, C, H, W]`` are known from images.
+    """
+    timed = images.dim() > 2 and images.shape[1] == len(labels)
+    return int(timed and (images.dim() == 5 or len(images) != len(labels)))
+
+
+def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    """Raise :class:`BatchError` for labels outside [0, num_classes)."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise BatchError(
+            f"{where}: labels must lie in [0, {num_classes}), the student's classes, got {low} to {high}"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's weights are; the CPU if it has none."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,81 @@
+"""The student's pass through a batch, with what the attention wants to see, whole or in pieces of time."""
+
+from __future__ import annotations
+
+import torch
+from spikingjelly.activation_based import base
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..distillation.taps import ChunkTaps, StudentTaps
+
+
+class StudentForward(nn.Module):
+    """Runs a student; what several processes wrap instead of the student itself.
+
+    With ``time_chunks`` above 1 the time steps are run in so many pieces, which hand on the neurons' state;
+    only that state is kept for the backward pass, and each piece is run a second time then. The gradients
+    are those of one piece.
+
+    Args:
+        student: network ``[T, N, ...]`` to ``[T, N, K]``, or for one piece any other.
+        taps: what to read of it, or ``None``.
+        time_chunks: how many pieces.
+
+    Raises:
+        ValueError: pieces for a student with batch norm, which would see each by itself.
+    """
+
+    def __init__(self, student: nn.Module, taps: StudentTaps | None, time_chunks: int) -> None:
+        super().__init__()
+        self.student, self.time_chunks = student, time_chunks
+        self.taps = taps
+        if time_chunks > 1:
+            refuse_batch_norm(student)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``x`` as the student takes it; its output, and what the taps read, ``[N, C, H, W]`` each."""
+        if self.time_chunks == 1:
+            return self._tapped(x)
+        T = x.shape[0]
+        if self.time_chunks > T:
+            raise ValueError(f"time_chunks must be at most the T = {T} time steps, got {self.time_chunks}")
+        outputs, maps, state = [], [], base.extract_memories(self.student)
+        traces = self.taps.no_traces() if isinstance(self.taps, ChunkTaps) else []
+        for piece in x.tensor_split(self.time_chunks):
+            output, seen, traces, state = checkpoint(self._piece, piece, traces, state, use_reentrant=False)
+            if output.dim() != 3 or len(output) != len(piece):
+                raise ValueError(
+                    f"time_chunks needs a student that gives [T, N, K], {type(self.student).__name__} gives "
+                    f"{tuple(output.shape)} for T = {len(piece)}"
+                )
+            outputs.append(output)
+            maps.append([value * (len(piece) / T) for value in seen])
+        base.load_memories(self.student, state)
+        return torch.cat(outputs), [sum(level) for level in zip(*maps)]
+
+    def _tapped(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if self.taps is None:
+            return self.student(x), []
+        with self.taps:
+            return self.student(x), self.taps.collect()
+
+    def _piece(self, x: Tensor, traces: list, state: list) -> tuple[Tensor, list[Tensor], list, list]:
+        """Pure but for random numbers, which ``checkpoint`` draws again alike."""
+        base.load_memories(self.student, state)
+        if isinstance(self.taps, ChunkTaps):
+            self.taps.traces = traces
+        output, seen = self._tapped(x)
+        if isinstance(self.taps, ChunkTaps):
+            traces = self.taps.traces
+        return output, seen, traces, base.extract_memories(self.student)
+
+
+def refuse_batch_norm(student: nn.Module) -> None:
+    """Raise :class:`ValueError` where a layer's result would depend on how the time is cut."""
+    for name, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"time_chunks cannot be used with batch norm ({name}), whose statistics are of all time "
+                f"steps together; use time_chunks=1, or accumulate to save memory"
+            )

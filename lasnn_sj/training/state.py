@@ -1,0 +1,182 @@
+"""Where a training run stands: all that a checkpoint must hold so that the run can go on from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..runtime import distributed, random_state
+from .checkpoint import CheckpointError
+from .metrics import EpochMetrics
+from .run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Epoch:
+    """An epoch that is not over.
+
+    Attributes:
+        number: from 1 on.
+        start: random state before its first batch, which gives the loader's order again.
+        random: random state to go on with at ``position``, after a restart.
+        position: batches behind.
+        skipped: of these, batches that were left out.
+        seconds: training so far.
+        metrics: means so far, ``None`` before the first step.
+    """
+
+    number: int
+    start: dict[str, object]
+    random: dict[str, object] | None = None
+    position: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    metrics: EpochMetrics | None = None
+
+
+class Progress:
+    """Steps, epochs and random states of a run, saved and taken up again.
+
+    Args:
+        student, optimizer, scheduler, scaler: whose states belong to it.
+        device: where training runs.
+
+    Attributes:
+        step: optimiser steps done.
+        history: a row for each epoch done.
+        epoch: the one that is not over, if any.
+        generators: random generators beside the global ones.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+    ) -> None:
+        self.student, self.optimizer, self.scheduler = student, optimizer, scheduler
+        self.scaler, self.device = scaler, device
+        self.step, self.epoch = 0, None
+        self.history: list[dict[str, float]] = []
+        self.generators: list[torch.Generator] = []
+
+    def use_generators(self, owners: Iterable[object]) -> None:
+        """Let the random generators of these objects belong to the random state."""
+        self.generators = random_state.generators_of(owners)
+
+    def random_state(self) -> dict[str, object]:
+        """State of this process' random generators: Python's, NumPy's, PyTorch's, and its own."""
+        return random_state.random_state() | {"generators": [g.get_state() for g in self.generators]}
+
+    def set_random_state(self, state: dict[str, object]) -> None:
+        """Take back what :meth:`random_state` gave."""
+        random_state.set_random_state(state)
+        for generator, saved in zip(self.generators, state["generators"]):
+            generator.set_state(saved)
+
+    def seed(self, seed: int | None) -> None:
+        """Seed a run that begins; each process draws its own random numbers."""
+        if self.step or self.history or self.epoch:
+            return
+        rank = distributed.rank()
+        if seed is not None or rank:
+            random_state.seed_everything(((torch.initial_seed() if seed is None else seed) + rank) % 2**63)
+        for generator in self.generators if rank else ():
+            generator.manual_seed((generator.initial_seed() + rank) % 2**63)
+
+    def begin(self, number: int) -> Epoch:
+        """Begin an epoch, or go on within the one that a checkpoint left."""
+        if self.epoch is None:
+            self.epoch = Epoch(number, self.random_state())
+        else:
+            self.set_random_state(self.epoch.start)
+        return self.epoch
+
+    def finish(self, row: dict[str, float]) -> None:
+        """The epoch is over."""
+        self.history.append(row)
+        self.epoch = None
+
+    def save(self, folder: RunFolder) -> None:
+        """Write a checkpoint of every process' state.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        epoch, own = self.epoch, {"random": self.random_state()}
+        state = {
+            "step": self.step,
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": None,
+        }
+        if epoch is not None:
+            state["epoch"] = {
+                name: getattr(epoch, name) for name in ("number", "position", "skipped", "seconds")
+            }
+            own |= {"start": epoch.start, "metrics": epoch.metrics and epoch.metrics.state_dict()}
+        folder.save(self.step, self.student.state_dict(), state | {"processes": distributed.of_all(own)})
+
+    def resume(self, folder: RunFolder | None) -> None:
+        """Take up the folder's last checkpoint, where this object does not know better.
+
+        Raises:
+            CheckpointError: none is whole, or it is of another run.
+        """
+        begun = self.epoch is not None
+        if folder is None or (self.history and not begun):
+            self.epoch = None
+            return
+        found = folder.load()
+        if found is None:
+            if begun:
+                log.warning(
+                    "no checkpoint of the epoch that was cut off: it begins again, weights as they are"
+                )
+            self.epoch = None
+            folder.go_back(self.step, self.history)
+            return
+        path, weights, state = found
+        try:
+            self._restore(weights, state)
+        except Exception as error:  # a state of other keys, types or shapes raises every kind
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this run ({type(error).__name__}: {error}); use another run "
+                f"folder, or the networks and optimiser that it was made with"
+            ) from error
+        folder.go_back(self.step, self.history)
+        within = "" if self.epoch is None else f" and {self.epoch.position} batches"
+        log.info("continuing after epoch %d%s, step %d, from %s", len(self.history), within, self.step, path)
+
+    def _restore(self, weights: dict[str, torch.Tensor], state: dict[str, object]) -> None:
+        own = state["processes"][distributed.rank()]
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError(
+                f"its run had {'a' if self.scheduler is None else 'no'} scheduler, unlike this one"
+            )
+        self.student.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if not isinstance(state["step"], int) or not isinstance(state["history"], list):
+            raise ValueError(f"step is {state['step']!r}, history a {type(state['history']).__name__}")
+        self.step, self.history, self.epoch = state["step"], [dict(row) for row in state["history"]], None
+        self.set_random_state(own["random"])
+        if state["epoch"] is not None:
+            saved = own["metrics"]
+            metrics = None if saved is None else EpochMetrics.restored(saved, self.device)
+            self.epoch = Epoch(start=own["start"], random=own["random"], metrics=metrics, **state["epoch"])

@@ -1,0 +1,224 @@
+"""The three stages in a run folder."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lasnn_sj import models
+from lasnn_sj.data import images as data
+from lasnn_sj.experiments.pipeline import STAGES, Pipeline, Recipe, table
+from lasnn_sj.neurons import LIFNode
+from lasnn_sj.runtime.cost import Cost
+from lasnn_sj.training.evaluation import device_of, evaluate
+
+TINY = Recipe(
+    student="conv3_linear2",
+    width=0.1,
+    T=2,
+    encoding="direct",
+    teacher_width=0.25,
+    teacher_epochs=1,
+    teacher_lr=0.1,
+    teacher_batch=32,
+    ann_epochs=8,
+    ann_lr=0.1,
+    ann_batch=16,
+    calibration_images=32,
+    calibration_steps=10,
+    threshold_scale=0.5,
+    epochs=1,
+    lr=1e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits").subset(256, 64)
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, Pipeline(TINY, digits, folder).run()
+
+
+def test_every_stage_leaves_its_result(finished):
+    folder, results = finished
+    assert tuple(results) == STAGES
+    for stage in STAGES:
+        saved = json.loads((folder / stage / "result.json").read_text())
+        assert saved == results[stage]
+        assert 0 <= saved["top1"] <= 100
+        assert saved["samples"] == 64
+    for stage in ("teacher", "ann", "hybrid", "lasnn"):
+        assert (folder / stage / "metrics.csv").exists()
+
+
+def test_finished_stages_are_skipped(finished, digits, monkeypatch):
+    folder, results = finished
+    for stage in STAGES:
+        monkeypatch.delattr(Pipeline, f"_run_{stage}")
+    assert Pipeline(TINY, digits, folder).run() == results
+
+
+def test_a_stage_without_result_runs_again(finished, digits):
+    folder, results = finished
+    (folder / "converted_10T" / "result.json").unlink()
+    again = Pipeline(TINY, digits, folder).run()
+    assert again["converted_10T"]["top1"] == results["converted_10T"]["top1"]
+
+
+class Shifted(torch.utils.data.Dataset):
+    """Images that are augmented: each time a little brighter or darker."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return image + 0.2 * torch.rand(()) - 0.1, label
+
+
+def test_a_stage_does_not_depend_on_what_ran_before(finished, digits, tmp_path):
+    augmented = dataclasses.replace(digits, train=Shifted(digits.train))
+    ann = Pipeline(TINY, digits, finished[0]).student("ann")
+    thresholds = []
+    for before in range(2):
+        torch.manual_seed(before)
+        pipeline = Pipeline(TINY, augmented, tmp_path / str(before), ann=ann)
+        pipeline.run(["converted"])
+        thresholds.append((tmp_path / str(before) / "converted" / "thresholds.json").read_text())
+    assert thresholds[0] == thresholds[1]
+
+
+def test_the_cost_of_a_stage_is_not_that_of_those_it_needs(digits, tmp_path, monkeypatch):
+    """A stage that begins runs alone: none of another is measured within it."""
+    measured = []
+
+    class Alone(Cost):
+        def __enter__(self):
+            assert "running" not in measured
+            measured.append("running")
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            measured[-1] = "done"
+
+    monkeypatch.setattr("lasnn_sj.experiments.pipeline.Cost", Alone)
+    recipe = dataclasses.replace(TINY, ann_epochs=2)
+    Pipeline(recipe, digits, tmp_path).run(["lasnn"])
+    assert measured == ["done"] * 5  # teacher, ann, converted, start, lasnn
+
+
+def test_a_trained_row_s_result_is_that_of_an_evaluation(finished, digits, tmp_path):
+    # random codes: training has drawn many before the row is looked at
+    recipe = dataclasses.replace(TINY, encoding="poisson", T=4)
+    done = Pipeline(TINY, digits, finished[0])
+    pipeline = Pipeline(recipe, digits, tmp_path, teacher=done.teacher(), ann=done.student("ann"))
+    result = pipeline.run(["lasnn"])["lasnn"]
+    _, test = digits.loaders(recipe.batch)
+    again = evaluate(pipeline.student("lasnn"), test, pipeline.encoder())
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    assert again["top1"] == result["top1"]
+
+
+def test_another_recipe_or_data_set_is_refused(finished, digits):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="T: there 2, here 3"):
+        Pipeline(dataclasses.replace(TINY, T=3), digits, folder)
+    with pytest.raises(ValueError, match="train_images: there 256, here 128"):
+        Pipeline(TINY, digits.subset(128), folder)
+
+
+def test_thresholds_of_the_stages(finished, digits):
+    """Converted: as balanced, no leak; start: times the scale, with the recipe's leak and surrogate."""
+    folder, _ = finished
+    pipeline = Pipeline(TINY, digits, folder)
+    converted, start, trained = (pipeline.student(s) for s in ("converted", "start", "lasnn"))
+    saved = json.loads((folder / "converted" / "thresholds.json").read_text())
+
+    def nodes(net):
+        return {n: m for n, m in net.named_modules() if isinstance(m, LIFNode)}
+
+    assert {name: node.v_threshold for name, node in nodes(converted).items()} == saved
+    for name, node in nodes(start).items():
+        assert node.v_threshold == pytest.approx(0.5 * saved[name])
+        assert (nodes(converted)[name].leak, node.leak) == (1.0, 0.99)
+        assert node.surrogate_function.alpha == 0.3
+        assert nodes(trained)[name].v_threshold == node.v_threshold
+    ann = pipeline.student("ann")
+    for name, weight in ann.named_parameters():
+        assert torch.equal(weight, converted.get_parameter(name))
+        assert torch.equal(weight, start.get_parameter(name))
+
+
+def test_hybrid_and_lasnn_start_alike(finished, digits):
+    """The first rows of both differ by what the attention adds, not by data, code or dropout: with
+    alpha 0 they are the same run."""
+    folder, results = finished
+    recipe = dataclasses.replace(TINY, alpha=0.0)
+    other = folder.parent / "alpha0"
+    for stage in ("teacher", "ann", "converted", "start"):
+        (other / stage).mkdir(parents=True, exist_ok=True)
+        for file in ("result.json", "weights.safetensors"):
+            (other / stage / file).write_bytes((folder / stage / file).read_bytes())
+    zero = Pipeline(recipe, digits, other).run(("lasnn",))
+    assert zero["lasnn"]["loss"] == pytest.approx(results["hybrid"]["loss"], rel=1e-5)
+
+
+def test_a_given_teacher_is_used(digits, tmp_path):
+    torch.manual_seed(0)
+    teacher = models.teacher_resnet20(10, 1, 0.25)
+    result = Pipeline(TINY, digits, tmp_path, teacher=teacher).run(("teacher",))
+    assert not (tmp_path / "teacher" / "metrics.csv").exists()
+    assert result["teacher"]["samples"] == 64
+
+
+def test_given_networks_are_brought_to_the_device(digits, tmp_path, monkeypatch):
+    """Their stages only evaluate, which moves images alone; "meta" stands for a GPU."""
+    seen = []
+    monkeypatch.setattr(
+        "lasnn_sj.experiments.pipeline.evaluate",
+        lambda net, loader, device: seen.append((device_of(net), device)) or {"top1": 0.0},
+    )
+    given = {
+        "teacher": models.teacher_resnet20(10, 1, 0.25),
+        "ann": models.conv3_linear2(10, 1, 8, 0.1, spiking=False),
+    }
+    Pipeline(TINY, digits, tmp_path, **given, device="meta").run(("teacher", "ann"))
+    assert seen == [(torch.device("meta"), torch.device("meta"))] * 2
+
+
+def test_spike_kd_without_a_teacher_is_refused_before_anything_is_trained(digits, tmp_path):
+    with pytest.raises(ValueError, match="spike_kd needs an SNN that teaches"):
+        Pipeline(TINY, digits, tmp_path).run(("spike_kd",))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_unknown_stages(finished, digits):
+    with pytest.raises(ValueError, match="stages must be among teacher, ann, .*, got distil"):
+        Pipeline(TINY, digits, finished[0]).run(("distil",))
+
+
+def test_table_by_hand():
+    """Seeds 80 and 84: mean 82, sample deviation sqrt(8) = 2.83."""
+    runs = [{"ann": {"top1": t, "seconds": s}} for t, s in ((80.0, 10.0), (84.0, 30.0))]
+    assert table(TINY, runs).splitlines() == [
+        "|                  | top-1 %, mean ± deviation of 2 seeds | seconds |",
+        "| ---------------- | ------------------------------------ | ------- |",
+        "| intermediate ANN | 82.00 ± 2.83                         | 20      |",
+    ]
+
+
+def test_several_processes_are_refused(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="Pipeline writes its run folder from one process"):
+        Pipeline(TINY, digits, tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,314 @@
+"""Several processes: the same losses as one with the whole batch, one writer, every sample counted once."""
+
+import csv
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, models
+from lasnn_sj.distillation.objectives import CrossEntropy
+from lasnn_sj.runtime import distributed
+from lasnn_sj.training.dataloader import TrainingBatches
+from lasnn_sj.training.evaluation import evaluate
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "many_processes.py"
+K = 4
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(call, processes=2):
+    """``call(rank)`` in forked processes that find torchrun's environment; their results by rank."""
+    port, pipes, children = free_port(), [], []
+    for rank in range(processes):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {
+                    "TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                }  # fmt: skip
+                distributed.initialise(torch.device("cpu"))
+                result = call(rank)
+                with open(write, "wb") as file:
+                    file.write(pickle.dumps(result))
+                torch.distributed.destroy_process_group()
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(write)
+        pipes.append(read)
+        children.append(child)
+    results = [open(read, "rb").read() for read in pipes]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * processes
+    return [pickle.loads(result) for result in results]
+
+
+def data(n=26):
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.rand(n, 1, 8, 8, generator=generator) * 2 - 1, torch.arange(n) % K)
+
+
+def loader(n=26, batch=8, **arguments):
+    return DataLoader(data(n), batch, shuffle=True, generator=torch.Generator().manual_seed(3), **arguments)
+
+
+def make(folder=None, attention="activation", **arguments):
+    torch.manual_seed(0)
+    student = models.conv3_linear2(K, in_channels=1, image_size=8, width=0.1, dropout=0.0)
+    for module in student.modules():
+        if hasattr(module, "v_threshold"):
+            module.v_threshold = 0.3
+    teacher = models.teacher_resnet20(K, in_channels=1, width=0.125).eval()
+    return LaSNNTrainer(
+        student, teacher, encoder=DirectEncoder(4), attention=attention, run_dir=folder, seed=0,
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.05), **arguments,
+    )  # fmt: skip
+
+
+def curve(folder):
+    with open(folder / "steps.csv", newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("attention", "arguments"),
+    [("activation", {}), ("gradient", {"accumulate": 2, "time_chunks": 2, "clip_norm": 0.5})],
+)
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, attention, arguments):
+    """26 samples: steps of 16 and 10, or twice 8 and twice 5; gradients are sums in another order."""
+    alone = make(tmp_path / "alone", attention, **arguments)
+    history = alone.fit(loader(batch=16), loader(13), epochs=3)
+
+    def run(rank):
+        trainer = make(tmp_path / "both", attention, **arguments)
+        trainer.fit(loader(batch=8), loader(13), epochs=3)
+        return trainer.history, {n: t.clone() for n, t in trainer.student.state_dict().items()}
+
+    (first, weights), (second, other) = together(run)
+    assert curve(tmp_path / "both") == pytest.approx(curve(tmp_path / "alone"), rel=1e-4)
+    for row, one, two in zip(history, first, second):
+        assert {k: v for k, v in one.items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in row.items() if k != "seconds"}, rel=1e-4
+        )
+        assert one["loss"] == two["loss"]
+    assert weights.keys() == alone.student.state_dict().keys()  # no "module." in front
+    for name, tensor in alone.student.state_dict().items():
+        assert torch.equal(weights[name], other[name]), name
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_only_rank_0_writes(tmp_path):
+    def run(rank):
+        folder = tmp_path / str(rank)  # if another rank wrote, it would be here
+        make(folder).fit(loader(), epochs=1)
+        return folder.exists()
+
+    assert together(run) == [True, False]
+
+
+class Answer(nn.Module):
+    def forward(self, x):
+        return nn.functional.one_hot(x[:, 0].long(), K).float()
+
+
+def test_batch_norm_is_evaluated_as_it_is_saved(tmp_path):
+    """Its running statistics are process 0's, on all processes."""
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, K))
+
+    def run(rank):
+        trainer = LaSNNTrainer(net(), attention=None, seed=0)
+        history = trainer.fit(loader(24, batch=4), loader(13), epochs=1)
+        return history[0]["val_loss"], {n: t.clone() for n, t in trainer.student.state_dict().items()}
+
+    (loss, weights), (_, other) = together(run)
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+    saved = net()
+    saved.load_state_dict(weights)
+    assert evaluate(saved, loader(13))["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed sampler", "in a batch sampler", "list"])
+def test_evaluation_counts_every_sample_once(kind):
+    """5 samples, 3 of them right, in batches of 2: padding to 6 would count one twice."""
+    x, y = torch.tensor([[0.0], [1], [2], [3], [0]]), torch.tensor([0, 1, 2, 0, 1])
+
+    def batches():
+        if kind == "distributed sampler":
+            return DataLoader(TensorDataset(x, y), 2, sampler=DistributedSampler(TensorDataset(x, y), 2, 0))
+        if kind == "in a batch sampler":
+            sampler = DistributedSampler(TensorDataset(x, y), 2, torch.distributed.get_rank())
+            return DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(sampler, 2, False))
+        plain = DataLoader(TensorDataset(x, y), 2)
+        return plain if kind == "plain" else list(plain)
+
+    results = together(lambda rank: evaluate(Answer(), batches()), 2)
+    expected = evaluate(Answer(), DataLoader(TensorDataset(x, y), 2))
+    assert results[0] == results[1]
+    assert results[0] == pytest.approx(expected)
+    assert (expected["samples"], expected["top1"]) == (5, pytest.approx(60))
+
+
+def test_a_process_without_a_sample_to_evaluate():
+    one = DataLoader(TensorDataset(torch.tensor([[2.0]]), torch.tensor([2])), 2)
+    assert [r["samples"] for r in together(lambda rank: evaluate(Answer(), one), 2)] == [1, 1]
+
+
+def test_samples_are_shared_out_in_the_order_of_one():
+    """Steps of two processes hold what a step of one holds; a sample more makes the last even."""
+    whole = [b.indices for b in TrainingBatches(loader(13, batch=4)).epoch(1, 0, lambda: None)]
+
+    def run(rank):
+        batches = TrainingBatches(loader(13, batch=2))
+        return len(batches), [b.indices for b in batches.epoch(1, 0, lambda: None)]
+
+    (n, first), (_, second) = together(run)
+    assert n == len(first) == len(second) == 4
+    for one, two, both in zip(first[:3], second, whole):
+        assert sorted(one + two) == sorted(both)
+    assert first[3] + second[3] == [*whole[3], whole[0][0]]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_distributed_sampler_is_told_the_epoch(wrapped):
+    def run(rank):
+        sampler = DistributedSampler(data(8), shuffle=True, seed=1)
+        batch_sampler = BatchSampler(sampler, 2, False)
+        if wrapped:
+            batches = TrainingBatches(DataLoader(data(8), batch_sampler=batch_sampler))
+        else:
+            batches = TrainingBatches(DataLoader(data(8), 2, sampler=sampler))
+        return [[b.indices for b in batches.epoch(number, 0, lambda: None)] for number in (1, 2)]
+
+    first, second = together(run)
+    assert first[0] != first[1]
+    assert sorted(sum(first[0] + second[0], [])) == list(range(8))
+
+
+def test_a_bad_step_of_one_process_is_left_out_by_all(tmp_path):
+    """Rank 1's second batch overflows; both skip the step, neither waits for ever."""
+
+    def run(rank):
+        calls = []
+
+        class Spoiled(CrossEntropy):
+            def __call__(self, signals):
+                calls.append(1)
+                spoil = torch.inf if rank == 1 and len(calls) == 2 else 1
+                return {"ce": super().__call__(signals)["ce"] * spoil}
+
+        trainer = make(on_nonfinite="skip", objective=Spoiled())
+        history = trainer.fit(loader(32, batch=4), epochs=1)
+        return trainer.step, history[0]["skipped"], trainer.student.output.weight.sum().item()
+
+    first, second = together(run)
+    assert first == second
+    assert first[:2] == (3, 1)
+
+
+def test_a_resumed_run_of_two_processes(tmp_path):
+    class Stop(Exception):
+        pass
+
+    class StopAt(Callback):
+        def on_step(self, step, parts):
+            if step == 5:
+                raise Stop
+
+    def run(rank):
+        trainer = make(tmp_path / "alone")
+        trainer.fit(loader(), epochs=3)
+        return {n: t.clone() for n, t in trainer.student.state_dict().items()}
+
+    def cut(rank):
+        try:
+            # rank 0 alone is told; the other one is where the processes have to agree next
+            make(tmp_path / "cut", checkpoint_every=1, callbacks=[StopAt()]).fit(loader(), epochs=3)
+        except (Stop, RuntimeError):
+            os._exit(0)
+
+    alone = together(run)[0]
+    with pytest.raises((EOFError, AssertionError)):
+        together(cut)
+
+    def resumed(rank):
+        trainer = make(tmp_path / "cut", checkpoint_every=1)
+        trainer.fit(loader(), epochs=3)
+        return {n: t.clone() for n, t in trainer.student.state_dict().items()}
+
+    again = together(resumed)[0]
+    assert all(torch.equal(alone[name], again[name]) for name in alone)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "alone")
+
+
+def test_a_run_of_two_processes_is_not_gone_on_with_by_one(tmp_path):
+    together(lambda rank: make(tmp_path).fit(loader(), epochs=1) and None)
+    with pytest.raises(ValueError, match="processes: there 2, here None"):
+        make(tmp_path).fit(loader(), epochs=2)
+
+
+def test_alone_nothing_is_asked_of_others():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.from_main("x") == "x"
+    assert distributed.of_all(3) == [3]
+    assert distributed.any_of([True, False], torch.device("cpu")) == [True, False]
+
+
+def test_a_worker_killed_under_torchrun_leads_to_a_restart_from_the_last_checkpoint(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "--max-restarts=1", str(EXAMPLE), "--run-dir", str(tmp_path), "--batch", "64", "--epochs", "2",
+        "--checkpoint-every", "3",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        killed = kill_a_worker_after_a_checkpoint(run.pid, tmp_path / "checkpoints")
+        assert run.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        if run.poll() is None:
+            run.terminate()
+            run.wait()
+    text = (tmp_path / "log").read_text()
+    assert killed
+    assert "continuing after epoch" in text
+    with open(tmp_path / "steps.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(1, 2 * 12 + 1))  # 1437 images in batches of twice 64
+    assert "of 360 images" in text
+
+
+def kill_a_worker_after_a_checkpoint(launcher, folder):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir()):
+            children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            return True
+        time.sleep(0.02)
+    return False
