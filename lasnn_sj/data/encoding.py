@@ -1,9 +1,11 @@
-"""Input encodings: the only place where a time axis is born."""
+"""Input encodings: add the time axis to a batch of images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+PIECE = 1 << 18  # random numbers drawn at a time on the CPU: 1 MiB, which stays in the cache
 
 
 class _Encoder(nn.Module):
@@ -21,10 +23,11 @@ class _Encoder(nn.Module):
         return self.steps(images, self.T)
 
     def steps(self, images: Tensor, steps: int) -> Tensor:
-        """The next ``steps`` steps of the code, ``[steps, N, ...]``.
+        """Encode the next ``steps`` time steps of a batch: ``[N, ...]`` to ``[steps, N, ...]``.
 
-        Called piece by piece it gives what one call over all steps would, without holding them all (of a
-        random code on CUDA another draw of the same distribution, as draws depend on the call's size).
+        On the CPU the results of several calls, concatenated, equal that of one call for all steps. A random
+        code on CUDA is then another sample of the same distribution, because its random numbers depend on
+        the size of each call.
         """
         raise NotImplementedError
 
@@ -32,19 +35,20 @@ class _Encoder(nn.Module):
 class PoissonEncoder(_Encoder):
     """Signed Poisson code: ``sign(x) * (u <= |x|)`` with ``u`` uniform in [0, 1), drawn per step and pixel.
 
-    A pixel of value ``x`` in [-1, 1] gives spikes of its own sign with probability ``|x|``, so that the
-    mean over time tends to ``x``. (SpikingJelly's encoder never fires where ``x < 0``.)
+    A pixel of value ``x`` in [-1, 1] fires spikes of its sign with probability ``|x|``, so the expected mean
+    over time is ``x``. (SpikingJelly's encoder never fires for ``x < 0``.) ``u`` is a float32 whatever the
+    dtype of the images: a coarser one would distort small rates.
 
     Args:
         T: number of time steps.
-        generator: source of the random numbers, on the images' device; the default one if ``None``.
+        generator: random-number generator on the images' device; the default one if ``None``.
 
     Shape:
         - input ``[N, ...]``, values in [-1, 1]
         - output ``[T, N, ...]`` of -1, 0 and 1, in the input's dtype
 
     Raises:
-        ValueError: a pixel outside [-1, 1], or not a number.
+        ValueError: a pixel is NaN or outside [-1, 1].
     """
 
     def __init__(self, T: int, generator: torch.Generator | None = None) -> None:
@@ -58,18 +62,32 @@ class PoissonEncoder(_Encoder):
                 f"PoissonEncoder needs pixels in [-1, 1], got values from {images.amin().item():.4g} to "
                 f"{images.amax().item():.4g}; normalise with mean 0.5 and std 0.5 per channel"
             )
-        # float32 draws whatever the images' dtype: a coarser u would distort small rates.
-        u = torch.rand(
-            (steps, *images.shape), generator=self.generator, device=images.device, dtype=torch.float32
-        )
-        return (u <= magnitude).to(images.dtype).mul_(images.sign())
+        draw = _draw_at_once if images.is_cuda else _draw_in_pieces
+        return draw(magnitude, images.sign(), steps, self.generator)
+
+
+def _draw_in_pieces(magnitude: Tensor, sign: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
+    """Poisson code of ``steps`` steps, without a float32 tensor of all random numbers."""
+    code = sign.new_empty((steps, *sign.shape))
+    for part in code.split(max(1, PIECE // max(1, sign.numel()))):
+        u = torch.rand(part.shape, generator=generator, device=sign.device, dtype=torch.float32)
+        torch.mul(u.le_(magnitude), sign, out=part)
+    return code
+
+
+def _draw_at_once(magnitude: Tensor, sign: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
+    """Poisson code of ``steps`` steps, drawn in one kernel on CUDA: the random numbers stay in registers."""
+    # float32 also where the images are coarser, as the kernel compares in this dtype
+    rate = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))
+    code = sign.new_empty((steps, *sign.shape)).bernoulli_(rate, generator=generator)
+    return code.mul_(sign)
 
 
 class DirectEncoder(_Encoder):
-    """Direct code: the same real-valued image at every step; the first convolution and neuron encode it.
+    """Direct code: the real-valued image repeated at every step; the first convolution and neuron encode it.
 
-    The output is a view with time stride 0, nothing is copied, and the networks of
-    :mod:`lasnn_sj.models` compute their first convolution once instead of ``T`` times.
+    The output is a view with time stride 0: nothing is copied, and the networks of :mod:`lasnn_sj.models`
+    compute their first convolution once instead of ``T`` times.
 
     Args:
         T: number of time steps.

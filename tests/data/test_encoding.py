@@ -1,9 +1,11 @@
-"""Input codes: distribution, seeds, pieces over time, errors."""
+"""Input codes: distribution, seeds, pieces over time, memory, errors."""
 
 import pytest
 import torch
 from scipy.stats import binom, chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lasnn_sj.data import encoding
 from lasnn_sj.data.encoding import DirectEncoder, PoissonEncoder
 
 SIGNIFICANCE = 1e-6  # the chance that a correct encoder fails a test, at another seed
@@ -79,6 +81,55 @@ def test_poisson_in_pieces_equals_one_call(pieces):
     whole = PoissonEncoder(12, generator(7))(images)
     encoder = PoissonEncoder(12, generator(7))
     assert torch.equal(torch.cat([encoder.steps(images, n) for n in pieces]), whole)
+
+
+def bits(t):
+    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (5,), (0, 3)])
+def test_poisson_equals_its_formula_to_the_bit(shape, dtype, monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE", 1000)  # two steps of 384 at a time, and one left
+    images = torch.rand(shape, generator=generator(1)).mul(2).sub(1).to(dtype)
+    u = torch.rand((7, *shape), generator=generator(2))
+    expected = (u <= images.abs()).to(dtype) * images.sign()
+    assert torch.equal(bits(PoissonEncoder(7, generator(2))(images)), bits(expected))
+
+
+class LargestByDtype(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns, for each dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.elements[result.dtype] = max(self.elements.get(result.dtype, 0), result.numel())
+        return result
+
+
+@pytest.mark.parametrize("draw", [encoding._draw_in_pieces, encoding._draw_at_once])
+def test_poisson_makes_no_float32_tensor_of_the_codes_size(draw, monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE", 1000)
+    images = torch.rand(2, 3, 8, 8, generator=generator()).to(torch.bfloat16)
+    with LargestByDtype() as largest:
+        draw(images, images.sign(), 50, generator())
+    assert largest.elements[torch.bfloat16] == 50 * images.numel()
+    assert largest.elements[torch.float32] <= 2 * images.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("x", [0.0, -(2.0**-8), 0.3, -0.7, 1.0, -1.0])
+def test_poisson_drawn_at_once_as_on_cuda_is_binomial(x, dtype):
+    T, images = 100, torch.full((2000,), x, dtype=dtype)
+    code = encoding._draw_at_once(images.abs(), images.sign(), T, generator())
+    assert (code.shape, code.dtype) == ((T, 2000), dtype)
+    assert ((code == 0) | (code == images.sign())).all()
+    low, high = binom.interval(1 - SIGNIFICANCE, T * 2000, images[0].abs().item())
+    assert low <= code.float().abs().sum() <= high
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
