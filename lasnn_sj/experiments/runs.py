@@ -17,6 +17,7 @@ from .. import models
 from ..data import events
 from ..data import images as data
 from ..data.encoding import DirectEncoder
+from ..data.images import ImageData
 from ..neurons import keep_freed_memory
 from ..training.evaluation import evaluate
 from . import config, pipeline, reverse
@@ -144,7 +145,7 @@ class Run(ABC):
         """The table's heading."""
 
     @abstractmethod
-    def _load(self) -> data.ImageData | events.EventData: ...
+    def _load(self) -> ImageData | events.EventData: ...
 
     @abstractmethod
     def _encoder(self, seed: int) -> nn.Module | None: ...
