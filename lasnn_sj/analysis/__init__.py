@@ -3,14 +3,16 @@
 from .energy import Operations, count_operations
 from .inspection import inspect, inspect_student
 from .report import report as write_report
-from .spikes import SpikeStatistics, spike_statistics
+from .spikes import SpikeStatistics, Traces, record_traces, spike_statistics
 
 __all__ = [
     "Operations",
     "SpikeStatistics",
+    "Traces",
     "count_operations",
     "inspect",
     "inspect_student",
+    "record_traces",
     "spike_statistics",
     "write_report",
 ]

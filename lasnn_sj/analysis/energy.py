@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.op_counter import (
     BaseCounter,
     DispatchCounterMode,
@@ -17,7 +19,8 @@ from spikingjelly.activation_based.op_counter import (
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..training.evaluation import evaluating
+from ..training.evaluation import device_of, evaluating
+from .spikes import first_samples
 
 aten = torch.ops.aten
 COST = SimpleEnergyCostConfig.fp32()
@@ -25,7 +28,7 @@ COST = SimpleEnergyCostConfig.fp32()
 
 @dataclass(frozen=True)
 class Operations:
-    """What one sample costs on average, in weights used; batch norm counts as folded into them.
+    """Mean operations of one sample; batch norm counts as folded into the weights.
 
     Attributes:
         synops: synaptic operations of each time step: for every spike one accumulation at every synapse
@@ -35,7 +38,7 @@ class Operations:
         macs: multiply-accumulates of each time step, where a layer takes real values (the first one of
             directly encoded images); what is computed once for all steps counts in the first.
         ann_macs: multiply-accumulates of the same network as ANN, each layer once.
-        samples: samples that were looked at.
+        samples: number of samples that were counted.
     """
 
     synops: tuple[float, ...]
@@ -45,7 +48,7 @@ class Operations:
 
     @property
     def energy_pj(self) -> list[float]:
-        """Energy of computing in picojoules that is spent after each time step, without memory access."""
+        """Energy of computing spent by the end of each time step, in picojoules, without memory access."""
         steps = (COST.e_ac_pj * s + COST.e_mac_pj * m for s, m in zip(self.synops, self.macs))
         return list(itertools.accumulate(steps))
 
@@ -56,30 +59,63 @@ class Operations:
 
 
 @torch.no_grad()
-def count_operations(model: nn.Module, encoded: Tensor, events: bool = False) -> Operations:
-    """Count a network's operations on a batch, by SpikingJelly's ``op_counter``.
+def count_operations(
+    student: nn.Module,
+    loader: Iterable,
+    encoder: nn.Module | None = None,
+    *,
+    samples: int = 32,
+    device: torch.device | str | None = None,
+) -> Operations:
+    """Count the operations of a network per sample, by SpikingJelly's ``op_counter``.
 
-    The counters of SpikingJelly take what an average pool or a signed code gives for real values and
-    count them as dense multiply-accumulates; this follows the spikes through them. Operations between two
-    activations (attention of transformers) are spread evenly over the steps.
+    SpikingJelly's counters take what an average pool or a signed code gives for real values and count
+    dense multiply-accumulates; this one follows the spikes through them. Operations between two
+    activations (attention of transformers) are spread evenly over the steps. Whole numbers of event frames
+    are numbers of events, each of which counts as a spike.
 
     Args:
-        model: network in multi-step mode; its mode is restored afterwards.
-        encoded: its input ``[T, N, ...]``.
-        events: whole numbers of the input are numbers of events.
+        student: network in multi-step mode; its mode is restored afterwards.
+        loader: batches ``(images, labels)``.
+        encoder: encodes images ``[N, ...]`` as ``[T, N, ...]``; ``None`` for event frames.
+        samples: number of samples to count, from the first on; all of them where the loader has fewer.
+        device: device to run on; the student's if not given.
 
     Raises:
-        ValueError: an input without time axis.
+        BatchError: a batch that cannot be used.
+        ValueError: no sample, or an input without time axis and no encoder.
     """
-    if encoded.dim() < 3:
-        raise ValueError(f"encoded must be [T, N, ...], got shape {tuple(encoded.shape)}")
-    counter = _Counter(model, *encoded.shape[:2])
+    device = torch.device(device) if device is not None else device_of(student)
+    counted: list[Operations] = []
+    with evaluating(student):
+        for images, _, _ in first_samples(loader, encoder, samples):
+            encoded = images.to(device) if encoder is None else encoder(images.to(device))
+            counted.append(_count(student, encoded, events=encoder is None))
+            functional.reset_net(student)
+    if not counted:
+        raise ValueError("the loader gave no sample; operations cannot be counted")
+    total = sum(one.samples for one in counted)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * one.samples for value, one in zip(values, counted)) / total
+
+    return Operations(
+        tuple(map(mean, zip(*(one.synops for one in counted)))),
+        tuple(map(mean, zip(*(one.macs for one in counted)))),
+        mean(one.ann_macs for one in counted),
+        total,
+    )
+
+
+def _count(student: nn.Module, encoded: Tensor, events: bool) -> Operations:
+    """Operations of one encoded batch ``[T, N, ...]``; with ``events`` its whole numbers count events."""
+    counter = _Counter(student, *encoded.shape[:2])
     if events and bool((encoded == encoded.round()).all()):
         counter.mark(encoded, 1)
     entering = register_module_forward_pre_hook(counter.enter)
     try:
-        with evaluating(model), DispatchCounterMode([counter]):
-            model(encoded)
+        with DispatchCounterMode([counter]):
+            student(encoded)
     finally:
         entering.remove()
     return counter.operations()

@@ -137,9 +137,10 @@ def inspect_student(
             encoded = small if encoder is None else encoder(small)
             outputs = student(encoded)
         every_step, classes = outputs.dim() == 3, outputs.shape[-1]
-        operations = count_operations(student, encoded, events=encoder is None)
+        with _kept_as_they_were(student, teacher, encoder):  # the codes that an evaluation by itself draws
+            operations = count_operations(student, loader, encoder, samples=COUNTED, device=device)
         result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step)
-        seen = spike_statistics(student, loader, encoder, samples, device=device)
+        seen = spike_statistics(student, loader, encoder, samples=samples, device=device)
         distillation = Distillation(student, teacher, attention, True, False, pairs, chunked=False)
         try:
             tapped, levels, missing = _tap(distillation, encoded, small, axis, pairs is not None, classes)

@@ -68,7 +68,7 @@ def test_accuracy_spikes_and_energy_are_those_of_their_own_functions(seen):
         assert entry["firing_rate"] * T == pytest.approx(entry["spikes_per_neuron"])
         assert entry["v_threshold"] == 0.2
     assert found["spikes_per_neuron"] == spikes.mean > 0
-    operations = count_operations(net, DirectEncoder(T)(batches().dataset.tensors[0]))  # all 24, of 3 batches
+    operations = count_operations(net, batches(), DirectEncoder(T))
     assert found["operations"]["synops"] == list(operations.synops)
     assert found["operations"]["energy_pj"] == operations.energy_pj
     assert found["operations"]["ann_energy_pj"] == operations.ann_energy_pj

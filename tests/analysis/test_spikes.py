@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, models
 from lasnn_sj.analysis.energy import count_operations
-from lasnn_sj.analysis.spikes import spike_statistics
+from lasnn_sj.analysis.spikes import record_traces, spike_statistics
 from lasnn_sj.models.readout import BatchError
 from lasnn_sj.neurons import IFNode, IntegratorNode
 from lasnn_sj.training.evaluation import accuracy_over_time, evaluate
@@ -98,6 +98,59 @@ def test_a_loop_over_time_counts_the_same():
     assert found.spikes_per_neuron["step.1"] == expected.spikes_per_neuron["1"] > 0
 
 
+def test_layers_that_never_fire_are_named():
+    net = two_layers()
+    net[3].v_threshold = 100.0
+    found = spike_statistics(net, batches(torch.tensor([[0.6, 0.0]])), DirectEncoder(10))
+    assert found.silent == ("3",)
+    assert spike_statistics(two_layers(), batches(torch.ones(1, 2)), DirectEncoder(10)).silent == ()
+
+
+def test_images_without_encoder_are_refused():
+    with pytest.raises(ValueError, match=r"batch 0 has no time axis: give an encoder for images \(2, 2\)"):
+        spike_statistics(two_layers(), batches(torch.zeros(2, 2)))
+
+
+def test_traces_by_hand():
+    """Steps of 0.6: 0.6, 1.2 (spike), 0.8, 1.4 (spike), ... The second neuron of a layer is given nothing."""
+    net = two_layers().train()
+    found = record_traces(net, torch.tensor([[0.6, 0.0]]), DirectEncoder(6))
+    assert found.neurons == {"1": [0, 1], "3": [0, 1]}
+    torch.testing.assert_close(found.potentials["1"][:, 0], torch.tensor([0.6, 1.2, 0.8, 1.4, 1.0, 1.6]))
+    assert found.spikes["1"].tolist() == [[v > 1, False] for v in (0.6, 1.2, 0.8, 1.4, 1.0, 1.6)]
+    assert found.potentials["3"][:, 0].tolist() == [0, 1, 1, 2, 2, 3]
+    assert found.spikes["3"][:, 0].tolist() == [False] * 5 + [True]
+    assert not found.spikes["3"][:, 1].any()
+    assert net.training
+    assert not any(isinstance(getattr(module, "v", None), torch.Tensor) for module in net.modules())
+
+
+def test_traces_prefer_neurons_that_fire_and_match_a_whole_run():
+    torch.manual_seed(0)
+    net = models.vgg5(4, width=0.05, image_size=16)
+    x = torch.rand(1, 3, 16, 16)
+    found = record_traces(net, x, DirectEncoder(5), neurons=4)
+    seen = {}
+    node = net.features[0].neuron
+    handle = node.register_forward_hook(lambda module, args, output: seen.update(whole=output[:, 0]))
+    with torch.no_grad():
+        net.eval()(DirectEncoder(5)(x))
+    handle.remove()
+    whole = seen["whole"].flatten(1).bool()
+    assert whole.any(0).sum() > 4
+    assert found.spikes["features.0.neuron"].any(0).all()
+    assert torch.equal(found.spikes["features.0.neuron"], whole[:, found.neurons["features.0.neuron"]])
+
+
+def test_traces_of_what_cannot_be_traced():
+    with pytest.raises(ValueError, match=r"must hold one sample, .* of images \(2, 2\)"):
+        record_traces(two_layers(), torch.zeros(2, 2), DirectEncoder(2))
+    with pytest.raises(ValueError, match="neurons must be at least 1, got 0"):
+        record_traces(two_layers(), torch.zeros(1, 2), DirectEncoder(2), neurons=0)
+    with pytest.raises(ValueError, match="no neuron of Linear ran"):
+        record_traces(identity_layer(2), torch.zeros(1, 2), DirectEncoder(2))
+
+
 def test_no_neuron_or_no_sample_is_an_error():
     with pytest.raises(ValueError, match="no neuron of Linear ran"):
         spike_statistics(identity_layer(2), batches(torch.zeros(2, 2)), DirectEncoder(2))
@@ -112,7 +165,7 @@ def test_no_neuron_or_no_sample_is_an_error():
     [
         lambda net, x: evaluate(net, batches(x), DirectEncoder(2)),
         lambda net, x: spike_statistics(net, batches(x), DirectEncoder(2)),
-        lambda net, x: count_operations(net, DirectEncoder(2)(x)),
+        lambda net, x: count_operations(net, batches(x), DirectEncoder(2)),
     ],
 )
 def test_each_layer_keeps_its_own_mode(look):
