@@ -1,6 +1,7 @@
 """Image data sets, event recordings, and encoders that add the time axis."""
 
 from .archives import ArchiveError
+from .device_loader import DeviceLoader
 from .encoding import DirectEncoder, PoissonEncoder
 from .events import Augment, EventData, EventFrames, Framing, RecordingError, collate
 from .events import load as load_events
@@ -9,6 +10,7 @@ from .images import ImageData, Images, load, transforms
 __all__ = [
     "ArchiveError",
     "Augment",
+    "DeviceLoader",
     "DirectEncoder",
     "EventData",
     "EventFrames",
