@@ -153,7 +153,7 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
     ("method: lasnn\nrecipe: {epoch: 3}", r"unknown key recipe\.epoch; did you mean recipe\.epochs\?"),
     ("method: lasnn\nepochs: 3\nrecipe: {}", r"unknown key epochs; did you mean recipe\.epochs\?"),
     ("method: lasnn\nrun_dirr: x\nrecipe: {}", r"unknown key run_dirr; did you mean run_dir\?"),
-    ("method: lasnn\nqqq: 3\nrecipe: {}", r"unknown key qqq; known are seeds, run_dir, device, recipe"),
+    ("method: lasnn\nqqq: 3\nrecipe: {}", r"unknown key qqq; known are seeds, run_dir, validation_images"),
     ("method: lasn\nrecipe: {}", r"has method 'lasn', which there is not; did you mean lasnn\?"),
     ("recipe: {}", "has no method; known are lasnn, reverse, reverse-events"),
     ("method: lasnn", "recipe must be given"),

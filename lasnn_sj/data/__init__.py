@@ -5,7 +5,7 @@ from .device_loader import DeviceLoader
 from .encoding import DirectEncoder, PoissonEncoder
 from .events import Augment, EventData, EventFrames, Framing, RecordingError, collate
 from .events import load as load_events
-from .images import ImageData, Images, load, transforms
+from .images import ImageData, Images, load, stratified_split, transforms
 
 __all__ = [
     "ArchiveError",
@@ -22,5 +22,6 @@ __all__ = [
     "collate",
     "load",
     "load_events",
+    "stratified_split",
     "transforms",
 ]

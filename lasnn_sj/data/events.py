@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,16 +10,17 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .archives import read_npz
+from .images import Loaders
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +170,11 @@ class EventFrames(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels ``[n]``."""
+        return torch.tensor([int(self.recordings.targets[index]) for index in self.indices])
+
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         """One recording's frames and label.
 
@@ -286,8 +293,8 @@ def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class EventData:
-    """A data set's training and test recordings, and what networks for it have to know.
+class EventData(Loaders):
+    """Training, validation and test recordings of a data set, and its description.
 
     Attributes:
         name: of the data set.
@@ -295,6 +302,7 @@ class EventData:
         classes: names by label.
         image_size: side of the square frames.
         in_channels: 2, the polarities.
+        validation: training recordings that :meth:`~.Loaders.split` held out, not augmented; ``None`` before.
     """
 
     name: str
@@ -303,18 +311,22 @@ class EventData:
     classes: tuple[str, ...]
     image_size: int
     in_channels: int = 2
+    validation: EventFrames | None = None
+
+    collate: ClassVar = staticmethod(collate)
+    least_evaluated: ClassVar[int] = 1
 
     @property
     def num_classes(self) -> int:
         """``K``."""
         return len(self.classes)
 
-    def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]:
-        """Shuffled training and test batches ``[T, N, 2, H, W]``; ``seed`` fixes the order of the former."""
-        shared = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "collate_fn": collate}
-        generator = torch.Generator().manual_seed(seed)
-        train = DataLoader(self.train, batch_size, shuffle=True, generator=generator, **shared)
-        return train, DataLoader(self.test, batch_size, **shared)
+    def _split(self, train: list[int], held: list[int]) -> EventData:
+        parts = copy.copy(self.train), copy.copy(self.train)
+        for part, items in zip(parts, (train, held)):
+            part.indices = [self.train.indices[item] for item in items]
+        parts[1].augment = None
+        return replace(self, train=parts[0], validation=parts[1])
 
 
 def load(

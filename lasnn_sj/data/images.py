@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from .archives import read_npz
@@ -46,15 +48,62 @@ class Images(Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
+class Loaders:
+    """Batches of a data set with the parts ``train``, ``test`` and perhaps ``validation``."""
+
+    collate: ClassVar[Callable | None] = None
+    least_evaluated: ClassVar[int] = 100  # samples of an evaluation batch; small ones waste time
+
+    def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]:
+        """Shuffled training batches, and validation batches (test batches where nothing is held out).
+
+        ``seed`` fixes the order of the training samples.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        train = self._loader(self.train, batch_size, workers, shuffle=True, generator=generator)
+        held = self.test if self.validation is None else self.validation
+        return train, self._loader(held, max(batch_size, self.least_evaluated), workers)
+
+    def test_loader(self, batch_size: int, workers: int = 0) -> DataLoader:
+        """Test batches, in order."""
+        return self._loader(self.test, max(batch_size, self.least_evaluated), workers)
+
+    def split(self, held_out: int, seed: int = 0) -> Self:
+        """Hold out training samples for validation; see :func:`stratified_split`.
+
+        The samples held out leave ``train`` and are not augmented.
+
+        Args:
+            held_out: number of validation samples.
+            seed: which samples are drawn.
+
+        Raises:
+            ValueError: there is a validation part already, the data set has no ``labels``, or a part would
+                have no sample of some class.
+        """
+        if self.validation is not None:
+            raise ValueError(
+                f"{self.name} is split already, into {len(self.train)} training and {len(self.validation)} "
+                f"validation samples"
+            )
+        train, held = stratified_split(labels_of(self.train), held_out, seed)
+        return self._split(train.tolist(), held.tolist())
+
+    def _loader(self, part: Dataset, batch_size: int, workers: int, **order: object) -> DataLoader:
+        pin, collate = torch.cuda.is_available(), type(self).collate
+        return DataLoader(part, batch_size, num_workers=workers, pin_memory=pin, collate_fn=collate, **order)
+
+
 @dataclass(frozen=True)
-class ImageData:
-    """A data set's training and test images, and what networks for it have to know.
+class ImageData(Loaders):
+    """Training, validation and test images of a data set, and its description.
 
     Attributes:
         name: of the data set.
         train, test: give ``(image [C, H, W] in [-1, 1], label)``; ``train`` is augmented.
         num_classes, in_channels, image_size: ``K``, ``C`` and the side of the square images.
         mean, std: per channel, of pixels in [0, 1], for a teacher's own normalisation.
+        validation: training images that :meth:`~Loaders.split` held out, not augmented; ``None`` before.
     """
 
     name: str
@@ -65,30 +114,32 @@ class ImageData:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    validation: Dataset | None = None
 
-    def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]:
-        """Shuffled training batches and test batches; ``seed`` fixes the order of the former."""
-        shared = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-        generator = torch.Generator().manual_seed(seed)
-        train = DataLoader(self.train, batch_size, shuffle=True, generator=generator, **shared)
-        return train, DataLoader(self.test, max(batch_size, 100), **shared)
+    def _split(self, train: list[int], held: list[int]) -> ImageData:
+        plain = _with_transform(self.train, _transform(self.test))
+        return replace(self, train=Subset(self.train, train), validation=Subset(plain, held))
 
-    def subset(self, train: int | None = None, test: int | None = None) -> ImageData:
-        """The first ``train`` training and ``test`` test images (all of them for ``None``)."""
+    def subset(
+        self, train: int | None = None, test: int | None = None, validation: int | None = None
+    ) -> ImageData:
+        """Keep the first ``train``, ``test`` and ``validation`` images (all of them for ``None``)."""
         parts = {}
-        for role, count in (("train", train), ("test", test)):
+        for role, count in (("train", train), ("test", test), ("validation", validation)):
             images = getattr(self, role)
             if count is None:
                 continue
+            if images is None:
+                raise ValueError(f"{self.name} has no validation images; hold some out by split(held_out)")
             if not 1 <= count <= len(images):
                 raise ValueError(
                     f"{role} must be from 1 to the {len(images)} {role} images of {self.name}, got {count}"
                 )
-            parts[role] = torch.utils.data.Subset(images, range(count))
+            parts[role] = Subset(images, range(count))
         return replace(self, **parts)
 
     def first_classes(self, count: int, per_class: int | None = None) -> ImageData:
-        """Only the first ``count`` classes, each with its first ``per_class`` training images (or all)."""
+        """Keep the first ``count`` classes, each with its first ``per_class`` training images (or all)."""
         if not 2 <= count <= self.num_classes:
             raise ValueError(
                 f"count must be from 2 to the {self.num_classes} classes of {self.name}, got {count}"
@@ -96,15 +147,82 @@ class ImageData:
         if per_class is not None and per_class < 1:
             raise ValueError(f"per_class must be at least 1 image, got {per_class}")
         parts = {}
-        for role, most in (("train", per_class), ("test", None)):
-            labels = getattr(getattr(self, role), "labels", None)
-            if labels is None:
-                raise ValueError(
-                    f"first_classes needs whole data held in memory, {self.name}'s {role} is not"
-                )
-            chosen = [torch.nonzero(labels == label).flatten()[:most] for label in range(count)]
-            parts[role] = torch.utils.data.Subset(getattr(self, role), torch.cat(chosen).tolist())
+        for role, most in (("train", per_class), ("test", None), ("validation", None)):
+            images = getattr(self, role)
+            if images is not None:
+                labels = labels_of(images)
+                chosen = [torch.nonzero(labels == label).flatten()[:most] for label in range(count)]
+                parts[role] = Subset(images, torch.cat(chosen).tolist())
         return replace(self, num_classes=count, **parts)
+
+
+def labels_of(dataset: Dataset) -> Tensor:
+    """Labels ``[n]`` of a data set with ``labels``, or of a ``Subset`` of one.
+
+    Raises:
+        ValueError: the data set does not say its labels.
+    """
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        raise ValueError(f"{type(dataset).__name__} has no labels; give it an attribute `labels` [n]")
+    return torch.as_tensor(labels)
+
+
+def _transform(dataset: Dataset) -> Callable[[Tensor], Tensor]:
+    return _transform(dataset.dataset) if isinstance(dataset, Subset) else dataset.transform
+
+
+def _with_transform(dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> Dataset:
+    """A data set that shares its images with another one, but not the transform."""
+    changed = copy.copy(dataset)
+    if isinstance(dataset, Subset):
+        changed.dataset = _with_transform(dataset.dataset, transform)
+    else:
+        changed.transform = transform
+    return changed
+
+
+def stratified_split(labels: Tensor, held_out: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Split sample indices so that each class keeps its share in both parts.
+
+    Args:
+        labels: ``[n]``, whole numbers.
+        held_out: number of samples of the second part.
+        seed: which samples are drawn.
+
+    Returns:
+        Indices of the first part and of the held-out part, int64, each in ascending order.
+
+    Raises:
+        ValueError: a part would have no sample of some class.
+    """
+    labels = torch.as_tensor(labels)
+    n = len(labels)
+    classes, counts = labels.unique(return_counts=True)
+    if not len(classes) <= held_out <= n - len(classes):
+        raise ValueError(
+            f"held_out must be from {len(classes)} to {n - len(classes)}, one sample of each of the "
+            f"{len(classes)} classes in both parts, got {held_out} of {n} samples"
+        )
+    exact = counts.double() * held_out / n
+    share = exact.floor().long()
+    # Largest remainders get the samples that rounding down has left.
+    rest = held_out - int(share.sum())
+    share[(exact - share).argsort(descending=True, stable=True)[:rest]] += 1
+    if bool((share < 1).any()) or bool((share >= counts).any()):
+        bad = classes[(share < 1) | (share >= counts)].tolist()
+        raise ValueError(
+            f"held_out = {held_out} of {n} samples leaves one part without any sample of class {bad[0]} "
+            f"(classes concerned: {bad[:8]}); hold out another number, or leave out rare classes"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(n, dtype=torch.bool)
+    for label, count in zip(classes, share.tolist()):
+        members = torch.nonzero(labels == label).flatten()
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
 
 
 def load(
@@ -230,6 +348,7 @@ def _from_arrays(
 class _ImageFiles(Dataset):
     def __init__(self, files: list[tuple[Path, int]], transform: Callable[[Tensor], Tensor]) -> None:
         self.files, self.transform = files, transform
+        self.labels = torch.tensor([label for _, label in files])
 
     def __len__(self) -> int:
         return len(self.files)

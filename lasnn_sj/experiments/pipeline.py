@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils.data import DataLoader
 
 from .. import models
 from ..analysis import inspection
@@ -83,7 +84,7 @@ class Recipe:
         lr: learning rate of stage 3.
         batch: images of a training step in stage 3.
         weight_decay: of stage 3.
-        validate_every: stage 3 looks at the test images after every so many epochs.
+        validate_every: epochs between evaluations on the validation images, in every stage that trains.
         seed: of weights, order of the images, codes and dropout.
         workers: processes that load images.
     """
@@ -123,7 +124,9 @@ class Pipeline:
 
     Args:
         recipe: the description.
-        data: images.
+        data: images. Where some are held out (:meth:`.ImageData.split`), the stages that train evaluate them
+            as they go (``val_`` columns of ``metrics.csv``); test images are evaluated once, at the end of
+            a stage.
         run_dir: each stage has a folder here with its checkpoints, curves and ``result.json``; a stage
             whose result is there is not run again, a stage that was cut off goes on.
         teacher: a ready teacher instead of stage 1's, taking images in [-1, 1].
@@ -165,6 +168,7 @@ class Pipeline:
                 "data": data.name,
                 "train_images": len(data.train),
                 "test_images": len(data.test),
+                "validation_images": 0 if data.validation is None else len(data.validation),
                 "given_ann": ann is not None,
             },
         )
@@ -235,9 +239,8 @@ class Pipeline:
 
     def _run_teacher(self, folder: Path) -> dict[str, float]:
         r = self.recipe
-        _, test = self.data.loaders(r.teacher_batch, r.workers)
         if self._given is not None:
-            return evaluate(self._given, test, device=self.device)
+            return evaluate(self._given, self._test(r.teacher_batch), device=self.device)
         net = self._build_teacher()
         result = self._train_ann(net, folder, r.teacher_epochs, r.teacher_lr, r.teacher_batch)
         self._keep(folder, net)
@@ -246,8 +249,7 @@ class Pipeline:
     def _run_ann(self, folder: Path) -> dict[str, float]:
         r = self.recipe
         if self._ann is not None:
-            _, test = self.data.loaders(r.ann_batch, r.workers)
-            return evaluate(self._ann, test, device=self.device)
+            return evaluate(self._ann, self._test(r.ann_batch), device=self.device)
         net = self._build_ann()
         result = self._train_ann(net, folder, r.ann_epochs, r.ann_lr, r.ann_batch)
         self._keep(folder, net)
@@ -256,7 +258,7 @@ class Pipeline:
     def _run_converted(self, folder: Path) -> dict[str, float]:
         r = self.recipe
         snn = self._to_snn(self.student("ann"))
-        loader, test = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
         images = next(iter(loader))[0].to(self.device)
         thresholds = balance_thresholds(
             snn, images, self.encoder(r.calibration_steps), r.threshold_statistic, progress=True
@@ -265,18 +267,17 @@ class Pipeline:
             node.leak = 1.0
         self._keep(folder, snn)
         (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1) + "\n")
-        return self._examine(snn, test)
+        return self._examine(snn)
 
     def _run_converted_10T(self, folder: Path) -> dict[str, float]:
-        _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
-        return self._examine(self.student("converted"), test, 10 * self.recipe.T)
+        return self._examine(self.student("converted"), 10 * self.recipe.T)
 
     def _run_calibrated(self, folder: Path) -> dict[str, float]:
         r = self.recipe
-        loader, test = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
         images = next(iter(loader))[0].to(self.device)
         snn = calibrate(self.student("ann"), images, self.encoder(), progress=True)
-        return self._examine(snn, test)
+        return self._examine(snn)
 
     def _run_start(self, folder: Path) -> dict[str, float]:
         r = self.recipe
@@ -288,8 +289,7 @@ class Pipeline:
             if isinstance(module, models.resnet.Block):
                 module.skip_scale.div_(r.threshold_scale)
         self._keep(folder, snn)
-        _, test = self.data.loaders(r.batch, r.workers)
-        return self._examine(snn, test)
+        return self._examine(snn)
 
     def _run_hybrid(self, folder: Path) -> dict[str, float]:
         return self._train_snn(folder, CrossEntropy())
@@ -312,7 +312,7 @@ class Pipeline:
     ) -> dict[str, float]:
         r = self.recipe
         snn = self.student("start")
-        train, test = self.data.loaders(r.batch, r.workers, seed=r.seed)
+        train, validation = self._training(r.batch)
         trainer = LaSNNTrainer(
             snn,
             teacher,
@@ -325,13 +325,22 @@ class Pipeline:
             device=self.device,
             seed=r.seed,
         )
-        history = trainer.fit(train, test, r.epochs, r.validate_every)
+        history = trainer.fit(train, validation, r.epochs, r.validate_every)
         self._keep(folder, snn)
         trainer.encoder = self.encoder()  # codes that whoever evaluates the kept network has too
-        return inspection.results(inspection.inspect(trainer, test)) | _per_epoch(history)
+        return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | _per_epoch(history)
 
-    def _examine(self, snn: nn.Module, test: Iterable, T: int | None = None) -> dict[str, object]:
+    def _training(self, batch: int) -> tuple[DataLoader, DataLoader | None]:
+        """Training batches, and validation batches where images are held out."""
+        train, held = self.data.loaders(batch, self.recipe.workers, seed=self.recipe.seed)
+        return train, None if self.data.validation is None else held
+
+    def _test(self, batch: int) -> DataLoader:
+        return self.data.test_loader(batch, self.recipe.workers)
+
+    def _examine(self, snn: nn.Module, T: int | None = None) -> dict[str, object]:
         """What is said of an SNN: accuracy after each step, and spikes."""
+        test = self._test(self.recipe.batch)
         result = evaluate(snn, test, self.encoder(T), device=self.device, chunk=CHUNK, over_time=True)
         seen = spike_statistics(snn, test, self.encoder(T), device=self.device, chunk=CHUNK)
         return result | {"spikes_per_neuron": seen.mean, "spikes": seen.spikes_per_neuron}
@@ -339,15 +348,15 @@ class Pipeline:
     def _train_ann(
         self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int
     ) -> dict[str, float]:
-        train, test = self.data.loaders(batch, self.recipe.workers, seed=self.recipe.seed)
+        train, validation = self._training(batch)
         optimizer = SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         scheduler = MultiStepLR(optimizer, [round(epochs * part) for part in (0.6, 0.8, 0.9)])
         trainer = LaSNNTrainer(
             net, attention=None, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
             seed=self.recipe.seed,
         )  # fmt: skip
-        history = trainer.fit(train, epochs=epochs)
-        return trainer.evaluate(test) | _per_epoch(history)
+        history = trainer.fit(train, validation, epochs, self.recipe.validate_every)
+        return trainer.evaluate(self._test(batch)) | _per_epoch(history)
 
     def _build_teacher(self) -> nn.Module:
         r, d = self.recipe, self.data

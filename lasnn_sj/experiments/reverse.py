@@ -45,8 +45,11 @@ class Data(Protocol):
     image_size: int
     train: Sequence
     test: Sequence
+    validation: Sequence | None
 
     def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]: ...
+
+    def test_loader(self, batch_size: int, workers: int = 0) -> DataLoader: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Recipe:
         default_temperature: of the virtual teacher's softening.
         default_alpha: weight of teacher-default KD's distillation, in [0, 1].
         default_soften: ``"probability"`` or ``"log"``, what of the virtual teacher is softened.
+        validate_every: epochs between evaluations on the validation samples.
         seed: of weights, order of the samples and random codes; the same for every row.
         workers: processes that load samples.
     """
@@ -93,6 +97,7 @@ class Recipe:
     default_temperature: float = 20.0
     default_alpha: float = 0.1
     default_soften: Literal["probability", "log"] = "probability"
+    validate_every: int = 1
     seed: int = 0
     workers: int = 0
 
@@ -105,7 +110,8 @@ class Study:
 
     Args:
         recipe: the description.
-        data: images or event frames.
+        data: images or event frames. Where some are held out, every training evaluates them as it goes;
+            test samples are evaluated once, at the end of a row.
         run_dir: each row has a folder here with its checkpoints, curves and ``result.json``; a row whose
             result is there is not run again, a row that was cut off goes on.
         encoder: gives images their time axis; ``None`` for event frames. A generator that it has is seeded
@@ -131,6 +137,7 @@ class Study:
         self.run_dir, self.device = Path(run_dir), torch.device(device)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         what = {"data": data.name, "train": len(data.train), "test": len(data.test), "encoder": repr(encoder)}
+        what["validation"] = 0 if data.validation is None else len(data.validation)
         described = {key: value for key, value in asdict(recipe).items() if key not in ("ratios", "default")}
         check_settings(self.run_dir / "recipe.json", described | what)
         if isinstance(data.train, EventFrames):
@@ -166,7 +173,7 @@ class Study:
         if (self._folder(row) / "result.json").exists():
             return self._row(row, CrossEntropy())
         teacher = prune_magnitude(self.student("alone"), ratio, self.recipe.scope)
-        _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
+        test = self.data.test_loader(self.recipe.batch, self.recipe.workers)
         accuracy = evaluate(teacher, test, self.encoder, device=self.device)["top1"]
         return self._row(row, SparseKD(teacher, self.recipe.temperature, self.recipe.alpha), accuracy)
 
@@ -188,7 +195,7 @@ class Study:
 
     def _train(self, folder: Path, objective: Objective) -> Result:
         r, net = self.recipe, self._build()
-        train, test = self.data.loaders(r.batch, r.workers, seed=r.seed)
+        train, held = self.data.loaders(r.batch, r.workers, seed=r.seed)
         if r.optimizer == "sgd":
             optimizer = SGD(net.parameters(), lr=r.lr, momentum=0.9, weight_decay=r.weight_decay)
         else:
@@ -204,11 +211,14 @@ class Study:
             device=self.device,
             seed=r.seed,
         )
-        history = trainer.fit(train, epochs=r.epochs)
+        validation = None if self.data.validation is None else held
+        history = trainer.fit(train, validation, r.epochs, r.validate_every)
         weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
         save_file(weights, folder / "weights.safetensors")
         per_epoch = statistics.median(row["seconds"] for row in history)
-        return inspection.results(inspection.inspect(trainer, test)) | {"seconds_per_epoch": per_epoch}
+        return inspection.results(inspection.inspect(trainer, self.data.test_loader(r.batch, r.workers))) | {
+            "seconds_per_epoch": per_epoch
+        }
 
     def _folder(self, row: str) -> Path:
         return self.run_dir / row.replace(" ", "_")

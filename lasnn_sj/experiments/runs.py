@@ -30,7 +30,7 @@ FRACTION = ("lie in [0, 1]", lambda n: 0 <= n <= 1)
 LIMITS = {
     name: (words, fits)
     for names, words, fits in (
-        ("seeds workers alpha weight_decay", "be at least 0", lambda n: n >= 0),
+        ("seeds workers alpha weight_decay validation_images", "be at least 0", lambda n: n >= 0),
         ("T epochs batch teacher_epochs teacher_batch ann_epochs ann_batch validate_every calibration_images "
          "calibration_steps classes per_class shrink", "be at least 1", lambda n: n >= 1),
         ("width teacher_width lr teacher_lr ann_lr gamma threshold_scale temperature default_temperature",
@@ -51,6 +51,9 @@ class Run(ABC):
     Attributes:
         seeds: one run of all rows each.
         run_dir: folder of the results, curves, checkpoints and tables.
+        validation_images: training images (recordings) held out and evaluated after each epoch, the same
+            number of each class; a tenth if not given, and with 0 none, which trains on all as the papers
+            do. Test images are evaluated once, at the end.
         device: "cpu", "cuda", "cuda:1", ...
     """
 
@@ -59,6 +62,7 @@ class Run(ABC):
 
     seeds: tuple[int, ...] = (0,)
     run_dir: Path = Path("runs/unnamed")
+    validation_images: int | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -71,9 +75,9 @@ class Run(ABC):
                 self._check_numbers(prefix + field.name, getattr(described, field.name))
 
     @functools.cached_property
-    def data(self) -> data.ImageData | events.EventData:
-        """The data set, loaded when it is first asked for."""
-        return self._load()
+    def data(self) -> ImageData | events.EventData:
+        """The data set with its validation part, loaded when it is first asked for."""
+        return self._limit(hold_out(self._load(), self.validation_images))
 
     def run(self) -> dict[int, Mapping[str, Mapping[str, float]]]:
         """All rows of all seeds; prints and writes the table after each seed.
@@ -100,7 +104,7 @@ class Run(ABC):
     def evaluate(self, seed: int, row: str) -> dict[str, float]:
         """Loss and accuracy on the test data of a row's trained student."""
         student = self.student(seed, row)
-        _, test = self.data.loaders(self.recipe.batch, self.recipe.workers)
+        test = self.data.test_loader(self.recipe.batch, self.recipe.workers)
         return evaluate(student, test, self._encoder(seed), device=self.device)
 
     def student(self, seed: int, row: str) -> nn.Module:
@@ -145,7 +149,12 @@ class Run(ABC):
         """The table's heading."""
 
     @abstractmethod
-    def _load(self) -> ImageData | events.EventData: ...
+    def _load(self) -> ImageData | events.EventData:
+        """The whole data set."""
+
+    def _limit(self, loaded: ImageData | events.EventData) -> ImageData | events.EventData:
+        """Its part that the run uses."""
+        return loaded
 
     @abstractmethod
     def _encoder(self, seed: int) -> nn.Module | None: ...
@@ -187,7 +196,7 @@ class LaSNN(Run):
         stages: rows of the table; baselines beyond these are ``"label_kd"`` and ``"calibrated"``.
         source: "cifar10", "cifar100", "tiny-imagenet", "digits", or an .npz file.
         root: folder of the downloaded data set.
-        train_images: how many of the training images, all if not given.
+        train_images: how many of the training images, validation images aside; all if not given.
         test_images: how many of the test images, all if not given.
         teacher_checkpoint: file of a trained ResNet-20 (the one of pytorch_resnet_cifar10) that takes the
             place of stage 1.
@@ -230,8 +239,11 @@ class LaSNN(Run):
     def title(self) -> str:
         return f"{self.recipe.student}, width {self.recipe.width}, {len(self.data.train)} training images"
 
-    def _load(self) -> data.ImageData:
-        return data.load(self.source, self.root).subset(self.train_images, self.test_images)
+    def _load(self) -> ImageData:
+        return data.load(self.source, self.root)
+
+    def _limit(self, loaded: ImageData) -> ImageData:
+        return loaded.subset(self.train_images, self.test_images)
 
     def _encoder(self, seed: int) -> nn.Module:
         return self.part(seed).encoder()
@@ -302,11 +314,13 @@ class ReverseOnImages(_Reverse):
             f"training and {len(d.test)} test images of {d.image_size}x{d.image_size}, {r.epochs} epochs"
         )
 
-    def _load(self) -> data.ImageData:
-        images = data.load(self.source, self.root)
+    def _load(self) -> ImageData:
+        return data.load(self.source, self.root)
+
+    def _limit(self, loaded: ImageData) -> ImageData:
         if self.classes is not None or self.per_class is not None:
-            images = images.first_classes(self.classes or images.num_classes, self.per_class)
-        return dataclasses.replace(images, image_size=images.image_size // self.shrink)
+            loaded = loaded.first_classes(self.classes or loaded.num_classes, self.per_class)
+        return dataclasses.replace(loaded, image_size=loaded.image_size // self.shrink)
 
     def _encoder(self, seed: int) -> nn.Module:
         return nn.Sequential(nn.AvgPool2d(self.shrink), DirectEncoder(self.T))
@@ -354,6 +368,12 @@ class ReverseOnEvents(_Reverse):
 
 
 METHODS: dict[str, type[Run]] = {kind.method: kind for kind in (LaSNN, ReverseOnImages, ReverseOnEvents)}
+
+
+def hold_out(loaded: ImageData | events.EventData, held_out: int | None) -> ImageData | events.EventData:
+    """A data set with so many validation samples, a tenth of the training samples for ``None``."""
+    held_out = len(loaded.train) // 10 if held_out is None else held_out
+    return loaded.split(held_out) if held_out else loaded
 
 
 def read(path: str | Path) -> Run:

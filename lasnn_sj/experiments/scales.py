@@ -25,7 +25,7 @@ SMALL_LASNN = pipeline.Recipe(
     calibration_images=256, calibration_steps=100, threshold_scale=0.4, epochs=12, lr=5e-4, batch=32,
     validate_every=12,
 )  # fmt: skip
-SMALL_REVERSE = reverse.Recipe(width=0.125, epochs=6, batch=64)
+SMALL_REVERSE = reverse.Recipe(width=0.125, epochs=6, batch=64, validate_every=6)
 SMALL_DVS = replace(PAPER_DVS, width=0.125, epochs=12, batch=10, lr=3e-3)
 SMOKE_LASNN = pipeline.Recipe(
     width=0.1, teacher_width=0.25, teacher_epochs=1, teacher_lr=0.1, teacher_batch=32,
@@ -111,7 +111,7 @@ def reverse_kd(row: Row, scale: Scale, seed: int) -> Reverse:
     recipe = replace(recipe, student=row.net, seed=seed)
     if scale == "full":
         return Reverse(recipe, T, framing, shrink, "")
-    images = "not augmented" if on_events else "5,000 images of 10 classes"
+    images = "not augmented" if on_events else "4,500 images of 10 classes"
     parts = [_fewer(scale, images), f"width {recipe.width:g}", f"{recipe.epochs} of 200 epochs"]
     if T != row.T:
         parts.append(f"T {T} of {row.T}")
@@ -122,16 +122,20 @@ def reverse_kd(row: Row, scale: Scale, seed: int) -> Reverse:
 
 @lru_cache(maxsize=4)
 def images(dataset: str, scale: Scale, root: Path, second_paper: bool = False) -> data.ImageData:
-    """A row's images: ``root/NAME.npz`` where there is such a file, else what :func:`data.load` finds."""
+    """A row's images: ``root/NAME.npz`` where there is such a file, else what :func:`data.load` finds.
+
+    At full scale all training images train, as in the papers; otherwise some are held out for validation.
+    """
     if scale == "smoke":
-        return data.load("digits").subset(256, 64)
+        return data.load("digits").split(100).subset(256, 64)
     file = root / f"{dataset}.npz"
     loaded = data.load(file if file.is_file() else dataset, root)
     if scale == "full":
         return loaded
+    loaded = loaded.split(len(loaded.train) // 10)
     if second_paper:
-        return replace(loaded.first_classes(10, 500), image_size=loaded.image_size // 2)
-    return loaded.subset(4000, 5000)
+        return replace(loaded.first_classes(10, 450), image_size=loaded.image_size // 2)
+    return loaded.subset(4000, 5000, 1000)
 
 
 @lru_cache(maxsize=2)

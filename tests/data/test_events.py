@@ -131,6 +131,17 @@ def test_batches_have_their_time_axis_in_front(root, workers):
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_validation_recordings_are_training_recordings_without_augmentation(root):
+    whole = events.load("dvs-gesture", root, Framing(T=1, shrink=8))
+    part = whole.split(22)
+    assert (len(part.train), len(part.validation), len(part.test)) == (88, 22, 110)
+    assert part.validation.labels.bincount().tolist() == [2] * 11
+    assert sorted(part.train.indices + part.validation.indices) == sorted(whole.train.indices)
+    assert (part.train.augment, part.validation.augment) == (whole.train.augment, None)
+    assert len(part.loaders(10)[1].dataset) == 22
+    assert len(part.test_loader(10).dataset) == 110
+
+
 def test_workers_augment_differently_and_as_the_seed_says(root):
     data = events.load("dvs-gesture", root, Framing(T=1, shrink=8))
     epochs = [torch.cat([x for x, _ in data.loaders(55, 2, seed=s)[0]], 1) for s in (0, 0, 1)]

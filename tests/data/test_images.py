@@ -1,5 +1,6 @@
 """Data sets: what is read, what is refused, and that seeds reproduce it."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -225,6 +226,85 @@ def test_the_first_classes_with_the_first_images_of_each(tmp_path):
 def test_limits_of_first_classes(digits, arguments, said):
     with pytest.raises(ValueError, match=said):
         digits.first_classes(**arguments)
+
+
+# ---- validation split ----
+
+
+def test_a_stratified_split_by_hand():
+    """Of 6, 3 and 1 x 3 samples a third: 2, 1 and 1; each sample in one part, in ascending order."""
+    labels = torch.tensor([0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 2])
+    train, held = data.stratified_split(labels, 4)
+    assert labels[held].bincount().tolist() == [2, 1, 1]
+    assert sorted(train.tolist() + held.tolist()) == list(range(12))
+    assert train.tolist() == sorted(train.tolist())
+    assert held.tolist() == sorted(held.tolist())
+
+
+def test_samples_left_by_rounding_go_to_the_largest_remainders():
+    """Shares of 3 of 10 with 5, 3, 2 samples are 1.5, 0.9, 0.6: the rests 0.9 and 0.6 come before 0.5."""
+    labels = torch.tensor([5] * 5 + [7] * 3 + [9] * 2)
+    _, held = data.stratified_split(labels, 3)
+    assert labels[held].tolist() == [5, 7, 9]
+
+
+def test_the_split_of_a_seed_is_fixed():
+    """Trained networks rely on these very images to be held out."""
+    labels = torch.arange(20) % 2
+    assert data.stratified_split(labels, 4)[1].tolist() == [2, 7, 8, 19]
+    assert data.stratified_split(labels, 4, seed=1)[1].tolist() == [5, 7, 10, 12]
+
+
+@pytest.mark.parametrize(("labels", "held_out", "said"), [
+    ([0, 0, 1, 1], 1, "held_out must be from 2 to 2, one sample of each of the 2 classes in both"),
+    ([0, 0, 1, 1], 4, "got 4 of 4 samples"),
+    ([0] * 19 + [1], 4, r"held_out = 4 of 20 samples leaves one part without any sample of class 1 "),
+])  # fmt: skip
+def test_a_split_that_leaves_a_class_empty_is_refused(labels, held_out, said):
+    with pytest.raises(ValueError, match=said):
+        data.stratified_split(torch.tensor(labels), held_out)
+
+
+def test_validation_images_are_training_images_without_augmentation(tmp_path):
+    random = np.random.default_rng(2).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    whole = data.load(saved(tmp_path / "a.npz", x_train=random, y_train=np.arange(20) % 2))
+    part = whole.split(4)
+    _, held = data.stratified_split(whole.train.labels, 4)
+    plain, labels = stacked(data.load(tmp_path / "a.npz", augment=False).train)
+    assert torch.equal(stacked(part.validation)[0], plain[held])
+    assert stacked(part.validation)[1] == [labels[i] for i in held]
+    assert len(part.train) == 16
+    assert not torch.equal(stacked(part.train)[0], stacked(part.train)[0])  # still augmented
+    assert part.train.dataset.images is part.validation.dataset.images  # shared, not copied
+
+
+def test_a_split_of_a_subset_a_subset_of_a_split(digits):
+    part = digits.subset(train=100).split(20)
+    assert (len(part.train), len(part.validation)) == (80, 20)
+    assert data.labels_of(part.validation).tolist() == stacked(part.validation)[1]
+    small = part.subset(validation=5)
+    assert (len(small.train), len(small.validation), len(small.test)) == (80, 5, 360)
+    two = part.first_classes(2, per_class=3)
+    assert stacked(two.train)[1] == [0, 0, 0, 1, 1, 1]
+    assert set(stacked(two.validation)[1]) == {0, 1}
+
+
+def test_loaders_give_validation_images_where_there_are_any(digits):
+    part = digits.split(50)
+    _, held = part.loaders(16)
+    assert torch.cat([labels for _, labels in held]).tolist() == stacked(part.validation)[1]
+    assert len(part.test_loader(16).dataset) == 360
+    assert len(digits.loaders(16)[1].dataset) == 360
+
+
+def test_splits_that_cannot_be_made(digits):
+    with pytest.raises(ValueError, match="digits is split already, into 1387 training and 50 validation"):
+        digits.split(50).split(50)
+    with pytest.raises(ValueError, match="has no validation images; hold some out"):
+        digits.subset(validation=5)
+    unnamed = dataclasses.replace(digits, train=list(digits.train))
+    with pytest.raises(ValueError, match="list has no labels; give it an attribute `labels`"):
+        unnamed.split(50)
 
 
 def order(loaded, seed):

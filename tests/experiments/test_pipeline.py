@@ -1,5 +1,6 @@
 """The three stages in a run folder."""
 
+import csv
 import dataclasses
 import json
 
@@ -35,7 +36,7 @@ TINY = Recipe(
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits").subset(256, 64)
+    return data.load("digits").split(100).subset(256, 64)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,20 @@ def test_every_stage_leaves_its_result(finished):
         assert 0 <= saved["top1"] <= 100
         assert saved["samples"] == 64
     for stage in ("teacher", "ann", "hybrid", "lasnn"):
-        assert (folder / stage / "metrics.csv").exists()
+        assert "val_top1" in (folder / stage / "metrics.csv").read_text()
+
+
+def test_epochs_are_evaluated_on_validation_images_and_test_images_once(finished, digits, tmp_path):
+    """A hundredth of validation images, a 64th of test images; without the former nothing is evaluated."""
+    folder, results = finished
+    for stage in ("ann", "lasnn"):
+        with open(folder / stage / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert all(float(row["val_top1"]) == pytest.approx(round(float(row["val_top1"]))) for row in rows)
+        assert results[stage]["samples"] == 64
+    whole = dataclasses.replace(digits, validation=None)
+    Pipeline(dataclasses.replace(TINY, ann_epochs=1), whole, tmp_path).run(["ann"])
+    assert "val_top1" not in (tmp_path / "ann" / "metrics.csv").read_text()
 
 
 def test_finished_stages_are_skipped(finished, digits, monkeypatch):
@@ -122,7 +136,7 @@ def test_a_trained_row_s_result_is_that_of_an_evaluation(finished, digits, tmp_p
     done = Pipeline(TINY, digits, finished[0])
     pipeline = Pipeline(recipe, digits, tmp_path, teacher=done.teacher(), ann=done.student("ann"))
     result = pipeline.run(["lasnn"])["lasnn"]
-    _, test = digits.loaders(recipe.batch)
+    test = digits.test_loader(recipe.batch)
     again = evaluate(pipeline.student("lasnn"), test, pipeline.encoder())
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
     assert again["top1"] == result["top1"]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.conversion.pruning import prune_magnitude, sparsity
+from lasnn_sj.data.images import Loaders
 from lasnn_sj.distillation.objectives import DefaultKD, LabelKD, Signals, SparseKD, default_kd, sparse_kd
 from lasnn_sj.experiments import reverse
 
@@ -311,17 +312,11 @@ def test_batches_that_have_their_time_axis_already(n):
         trainer.fit([(frames, labels)], epochs=2)
 
 
-class Pictures:
+class Pictures(Loaders):
     name, num_classes, in_channels, image_size = "quarters", K, 1, 8
     train = TensorDataset(*data(24))
     test = TensorDataset(*data(16, seed=1))
-
-    def loaders(self, batch_size, workers=0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        return (
-            DataLoader(self.train, batch_size, shuffle=True, generator=generator),
-            DataLoader(self.test, batch_size),
-        )
+    validation = TensorDataset(*data(10, seed=2))
 
 
 RECIPE = reverse.Recipe(width=0.05, epochs=2, batch=12, ratios=(0.0, 0.5))
@@ -332,7 +327,8 @@ def test_a_study_has_all_rows_and_skips_those_it_has(tmp_path, monkeypatch):
     results = study.run()
     assert list(results) == ["alone", "sparse 0", "sparse 0.5", "default"]
     assert results["sparse 0"]["teacher_top1"] == results["alone"]["top1"]
-    assert all(result["samples"] == 16 for result in results.values())
+    assert all(result["samples"] == 16 for result in results.values())  # the test images, not the 10
+    assert "val_top1" in (tmp_path / "alone" / "metrics.csv").read_text()
     assert sparsity(study.student("sparse 0.5")).zeros == 0  # the teacher is pruned, the student is not
     monkeypatch.setattr(reverse, "LaSNNTrainer", None)
     again = reverse.Study(RECIPE, Pictures(), tmp_path, DirectEncoder(2))
@@ -343,7 +339,7 @@ def test_a_row_that_was_cut_off_goes_on_to_the_same_result(tmp_path, monkeypatch
     whole = reverse.Study(RECIPE, Pictures(), tmp_path / "whole", DirectEncoder(2)).run()
 
     class Cut(reverse.LaSNNTrainer):
-        def fit(self, train_loader, val_loader=None, epochs=100):
+        def fit(self, train_loader, val_loader=None, epochs=100, validate_every=1):
             super().fit(train_loader, val_loader, epochs=1)
             raise KeyboardInterrupt
 
