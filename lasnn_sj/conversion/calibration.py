@@ -1,4 +1,4 @@
-"""Calibrated conversion, a baseline of LaSNN's Fig. 3, for ANNs with batch norm and biases."""
+"""Calibrated conversion of ANNs with batch norm and biases (Li et al., 2021; LaSNN, Fig. 3)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tqdm.auto import tqdm
 from ..neurons import IFNode, IntegratorNode
 from .convert import ConversionError, check_convertible
 
-SAMPLE = 1 << 17  # activations that a threshold is chosen by
-CHUNK = 4  # time steps in memory at once
+SAMPLE = 1 << 17  # number of activations that determine a threshold
+CHUNK = 4  # number of time steps in memory at once
 
 
 class CalibratedNeuron(nn.Module):
-    """Takes the place of a ReLU: integrate-and-fire neurons whose spikes are worth their threshold.
+    """Integrate-and-fire neurons in place of a ReLU, whose spikes have the value of their threshold.
 
-    So the mean over time of the output is the ReLU's activation, and weights, biases, batch norm (a scale
-    and a shift in evaluation mode) and shortcuts stay as they are.
+    The mean of the output over time then approximates the ReLU's activation. Weights, biases, batch norm (a
+    scale and a shift in evaluation mode) and shortcuts are kept.
 
     Attributes:
-        charge: potential at the start, as a part of the threshold.
-        bias: added to the input of every step, one per channel.
+        charge: initial potential as a fraction of the threshold.
+        bias: added to the input of every step, one number per channel.
 
     Shape:
         - input and output ``[T * N, C, ...]``
@@ -37,7 +37,7 @@ class CalibratedNeuron(nn.Module):
         self.register_buffer("bias", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Currents of all steps to spikes times the threshold."""
+        """Map the input currents of all steps to spikes times the threshold."""
         x = (x + self.bias.view(1, -1, *[1] * (x.dim() - 2))).unflatten(0, (self.T, -1))
         if not isinstance(self.node.v, Tensor):
             self.node.v = torch.full_like(x[0], self.charge * self.node.v_threshold)
@@ -45,7 +45,7 @@ class CalibratedNeuron(nn.Module):
 
 
 class CalibratedSNN(nn.Module):
-    """An ANN whose ReLUs are :class:`CalibratedNeuron`; all else sees the steps as a larger batch.
+    """An ANN with :class:`CalibratedNeuron` for its ReLUs; other layers take the steps as a larger batch.
 
     Shape:
         - input ``[T, N, ...]``
@@ -60,11 +60,11 @@ class CalibratedSNN(nn.Module):
 
     @property
     def neurons(self) -> dict[str, CalibratedNeuron]:
-        """By the name that the ReLU had."""
+        """The neurons by the names of the ReLUs that they replace."""
         return {n: m for n, m in self.body.named_modules() if isinstance(m, CalibratedNeuron)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Encoded images to potentials."""
+        """Map encoded images to potentials."""
         for neuron in self.neurons.values():
             neuron.T = len(x)
         return self.readout(self.body(x.flatten(0, 1)).unflatten(0, (len(x), -1)))
@@ -73,30 +73,31 @@ class CalibratedSNN(nn.Module):
 def calibrate(
     ann: nn.Module, images: Tensor, encoder: nn.Module, correct: bool = True, progress: bool = False
 ) -> CalibratedSNN:
-    """Convert an ANN and correct what few time steps do to its activations (Li et al., 2021).
+    """Convert an ANN and correct the errors of few time steps (Li et al., 2021).
 
-    A rate over ``T`` steps takes ``T + 1`` values up to the threshold. The threshold of a layer is the one
-    for which clipping and rounding its ReLU's activations on ``images`` to those values costs the least
-    mean squared error; neurons start at half of it, which rounds to the nearest instead of down. Then,
-    layer by layer in the order in which they run, earlier layers corrected already, the difference between
-    the ANN's activation and the spiking layer's mean output, a mean over images and places, is added to
-    the bias of each channel. Their correction of single neurons' potentials and of weights is left out.
+    A rate over ``T`` steps has ``T + 1`` possible values up to the threshold. A layer's threshold is the one
+    at which clipping and rounding its ReLU's activations on ``images`` to those values has the smallest mean
+    squared error. Potentials start at half the threshold, which turns rounding down into rounding to the
+    nearest. Then, layer by layer in the order in which they run, with earlier layers already corrected, the
+    mean difference between the ANN's activation and the spiking layer's output over images, time and space is
+    added to the bias of each channel. The corrections of single neurons' potentials and of weights in that
+    paper are left out.
 
     Args:
-        ann: a network of modules, one ``nn.ReLU`` for each use, with average pooling; batch norm and biases
-            are welcome. It is not changed.
-        images: one batch ``[N, C, H, W]`` as the encoder takes it.
-        encoder: of the ``T`` steps for which the network is calibrated.
-        correct: ``False`` is the conversion that calibration improves upon: thresholds at the largest
-            activation, no charge at the start, biases as they are.
+        ann: a network of modules with one ``nn.ReLU`` for each use and average pooling; batch norm and
+            biases are allowed. It is not changed.
+        images: one batch ``[N, C, H, W]`` for the encoder.
+        encoder: its ``T`` is the number of steps that the network is calibrated for.
+        correct: ``False`` gives the conversion that calibration is compared with: thresholds at the largest
+            activation, potentials that start at 0, biases unchanged.
         progress: show a progress bar.
 
     Returns:
-        ``[T, N, ...]`` to ``[T, N, K]``, in evaluation mode, where it has to stay.
+        A network ``[T, N, ...]`` to ``[T, N, K]`` in evaluation mode; it must stay in that mode.
 
     Raises:
-        ConversionError: max pooling, another nonlinearity, a ReLU module in two places or none, a ReLU
-            that runs twice or that no image activates.
+        ConversionError: max pooling, another nonlinearity, no ReLU module, a ReLU module that is used in two
+            places or runs twice, or one that no image activates.
     """
     snn = CalibratedSNN(ann)
     wanted = _activations(ann, images)
@@ -106,7 +107,7 @@ def calibrate(
         if not 0 < peak < float("inf"):
             raise ConversionError(
                 f"layer '{name}' (ReLU): its largest activation on the images is {peak}, so no threshold can "
-                f"be set; is the network trained?"
+                f"be set; calibrate a trained network"
             )
         neuron.node.v_threshold = _threshold(wanted[name], encoder.T) if correct else peak
         neuron.charge = 0.5 if correct else 0.0
@@ -120,10 +121,10 @@ def calibrate(
 
 
 def _threshold(activation: Tensor, T: int) -> float:
-    """The threshold for which a rate over ``T`` steps is nearest to the activation, of 100 that are tried."""
+    """Return the best of 100 thresholds: that of the smallest error of a rate over ``T`` steps."""
     peak = activation.amax().item()
     values = activation.flatten()
-    if len(values) > SAMPLE:  # drawn: equal steps would see a few columns of a map only
+    if len(values) > SAMPLE:  # at random: a fixed stride would take a few columns of a map only
         chosen = torch.randint(len(values), (SAMPLE,), generator=torch.Generator().manual_seed(0))
         values = values[chosen.to(values.device)]
 
@@ -135,7 +136,8 @@ def _threshold(activation: Tensor, T: int) -> float:
 
 
 def _spiking(ann: nn.Module) -> nn.Module:
-    check_convertible(ann, normalised=True)
+    """Return a copy of the ANN with neurons in place of its ReLUs."""
+    check_convertible(ann, normalized=True)
     body = copy.deepcopy(ann).eval().requires_grad_(False)
     for name, module in list(body.named_modules()):
         if isinstance(module, nn.ReLU):
@@ -148,15 +150,15 @@ def _spiking(ann: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _activations(ann: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What each ReLU gives, by name, in the order in which they run."""
+    """Return the output of each ReLU by name, in the order in which they run."""
     seen: dict[str, Tensor] = {}
     training = ann.training
 
     def watch(name: str, output: Tensor) -> None:
         if name in seen:
             raise ConversionError(
-                f"layer '{name}' (ReLU) runs more than once in a forward pass: neurons keep the state of one "
-                f"layer, so give each use an nn.ReLU of its own"
+                f"layer '{name}' (ReLU) runs more than once in a forward pass: a neuron keeps the state of "
+                f"one layer, so use one nn.ReLU for each"
             )
         seen[name] = output.clone()  # a later layer may work in place
 
@@ -176,10 +178,12 @@ def _activations(ann: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 class _Stop(Exception):
-    """Ends a forward pass behind the neurons whose output was wanted."""
+    """End a forward pass behind the neurons whose output is measured."""
 
 
 def _spiking_mean(snn: CalibratedSNN, neuron: CalibratedNeuron, encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return the mean output of each channel over images, time and space."""
+
     def watch(module: nn.Module, args: tuple, output: Tensor) -> None:
         raise _Stop(_channel_mean(output))
 
@@ -194,11 +198,11 @@ def _spiking_mean(snn: CalibratedSNN, neuron: CalibratedNeuron, encoder: nn.Modu
                 total += stop.args[0] * (len(piece) / encoder.T)
             else:
                 raise ConversionError(
-                    "a ReLU of the network ran for the ANN, but its neurons did not for the SNN"
+                    "a ReLU ran in the ANN's forward pass, but its neurons did not run in the SNN's"
                 )
     return total
 
 
 def _channel_mean(activation: Tensor) -> Tensor:
-    """Mean of ``[N, C, ...]`` over all but the channels."""
+    """Return the mean of ``[N, C, ...]`` over all dimensions but the channels."""
     return activation.transpose(0, 1).flatten(1).mean(1)

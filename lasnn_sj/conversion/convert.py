@@ -1,4 +1,4 @@
-"""ANN to SNN: the same weights, thresholds balanced in the spiking domain (LaSNN, Section III-D)."""
+"""Conversion of an ANN to an SNN with the same weights, and threshold balancing (LaSNN, Section III-D)."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPool
 
 
 class ConversionError(ValueError):
-    """The network cannot be converted; the message names the layer and what would do instead."""
+    """The network cannot be converted; the message names the layer and a remedy."""
 
 
 def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
-    """An SNN with the ANN's structure and weights.
+    """Convert an ANN to an SNN with the same structure and weights.
 
-    Every ``nn.ReLU`` becomes a :class:`~lasnn_sj.neurons.LIFNode` with threshold 1, which
-    :func:`balance_thresholds` then sets; the output integrates (Eq. 3). Works for the networks of
-    :mod:`lasnn_sj.models` and for any other that is built of modules, one ReLU module for each use.
+    Every ``nn.ReLU`` becomes a :class:`~lasnn_sj.neurons.LIFNode` with threshold 1, to be set by
+    :func:`balance_thresholds`, and the output integrates its input (Eq. 3). The ANN may be a network of
+    :mod:`lasnn_sj.models` or any other that is built of modules, with one ReLU module for each use.
 
     Args:
         ann: a network of bias-free convolutions and linear layers, ReLU, average pooling, dropout.
         leak: leak of the neurons; 1 for pure conversion.
 
     Returns:
-        A new network in evaluation or training mode as the ANN was, ``[T, N, ...]`` to ``[T, N, K]``. A
-        network that has no ``readout`` of its own is wrapped as ``nn.Sequential(network, integrator)``.
+        A new network, ``[T, N, ...]`` to ``[T, N, K]``, in the ANN's training or evaluation mode. A network
+        without a ``readout`` of its own is wrapped as ``nn.Sequential(network, integrator)``.
 
     Raises:
         ConversionError: a bias, batch norm, max pooling, another nonlinearity, a ReLU module in two places,
-            a layer without multi-step form, or no ReLU at all.
+            a layer without a multi-step form, or no ReLU at all.
     """
     check_convertible(ann)
     body = copy.deepcopy(ann)
     forms: dict[nn.Module, nn.Module | None] = {}
     for name, module in list(body.named_modules(remove_duplicate=False)):
-        if module not in forms:  # a pool that stands in two places stays one module
+        if module not in forms:  # a pool that is used in two places stays one module
             forms[module] = _spiking_form(module, leak)
         new = forms[module]
         if new is None:
@@ -65,50 +65,52 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
     functional.set_step_mode(snn, "m")
     snn.train(ann.training)
     functional.invalidate_reset_cache(snn)
+    if "spiking" in getattr(body, "architecture", {}).get("arguments", {}):
+        body.architecture["arguments"] |= {"spiking": True, "leak": leak}
     return snn
 
 
-def check_convertible(ann: nn.Module, normalised: bool = False) -> None:
-    """Raise :class:`ConversionError` where a network holds what spiking neurons cannot do.
+def check_convertible(ann: nn.Module, normalized: bool = False) -> None:
+    """Raise :class:`ConversionError` for a network with layers that have no spiking form.
 
     Args:
         ann: the network.
-        normalised: allow batch norm and biases, and layers without multi-step form.
+        normalized: allow batch norm, biases, and layers without a multi-step form.
     """
     relus: dict[nn.Module, str] = {}
     for name, module in ann.named_modules(remove_duplicate=False):
         where = f"layer '{name}' ({type(module).__name__})"
         if isinstance(module, _MAX_POOLS):
             raise ConversionError(
-                f"{where} takes a maximum, which loses information on spikes: use average pooling "
-                f"(nn.AvgPool2d) and train the ANN with it"
+                f"{where} takes a maximum, which loses information on spikes: train the ANN with average "
+                f"pooling (nn.AvgPool2d)"
             )
         if isinstance(module, nn.ReLU):
             if module in relus:
                 raise ConversionError(
                     f"{where} is the same module as layer '{relus[module]}': a neuron keeps the state of one "
-                    f"layer, so give each place an nn.ReLU of its own"
+                    f"layer, so use one nn.ReLU for each"
                 )
             relus[module] = name
         elif type(module).__module__ == "torch.nn.modules.activation":
-            raise ConversionError(f"{where} cannot be a spiking neuron: train the ANN with nn.ReLU")
+            raise ConversionError(f"{where} has no spiking form: train the ANN with nn.ReLU")
         elif isinstance(module, base.MemoryModule) and not isinstance(module, layer.Dropout):
             raise ConversionError(f"{where} is a spiking layer already: convert takes an ANN")
-        elif not normalised:
+        elif not normalized:
             _check_plain(module, where)
     if not relus:
         raise ConversionError(
             f"{type(ann).__name__} has no nn.ReLU module to turn into neurons; a functional F.relu cannot "
-            f"be seen, use one nn.ReLU module for each use"
+            f"be found, use one nn.ReLU module for each"
         )
 
 
 def _check_plain(module: nn.Module, where: str) -> None:
-    """What threshold balancing cannot do besides."""
+    """Raise for normalization, biases and layers without a multi-step form."""
     if isinstance(module, _NORMS):
         raise ConversionError(
-            f"{where} normalises, which a spiking layer without bias cannot do: train the "
-            f"intermediate ANN without normalisation (see lasnn_sj.models)"
+            f"{where} normalizes, which a spiking layer without bias cannot do: train the "
+            f"intermediate ANN without normalization (see lasnn_sj.models)"
         )
     if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         return
@@ -117,11 +119,11 @@ def _check_plain(module: nn.Module, where: str) -> None:
             f"{where} has a bias, which threshold balancing cannot scale: train the ANN with bias=False"
         )
     if not (type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, base.StepModule)):
-        raise ConversionError(f"{where} has no multi-step form: use nn.Conv2d and nn.Linear themselves")
+        raise ConversionError(f"{where} has no multi-step form: use nn.Conv2d or nn.Linear, not a subclass")
 
 
 def _spiking_form(module: nn.Module, leak: float) -> nn.Module | None:
-    """SpikingJelly's multi-step form of a stock layer; ``None`` where it stays as it is."""
+    """Return SpikingJelly's multi-step form of a stock layer, or ``None`` to keep the layer."""
     if isinstance(module, nn.ReLU):
         return LIFNode(leak=leak, step_mode="m")
     if isinstance(module, base.StepModule):
@@ -153,7 +155,7 @@ def _spiking_form(module: nn.Module, leak: float) -> nn.Module | None:
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the neuron whose input was wanted."""
+    """End a forward pass at the neuron whose input is measured."""
 
 
 def balance_thresholds(
@@ -166,31 +168,31 @@ def balance_thresholds(
     chunk: int = 4,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Set every neuron's threshold by balancing in the spiking domain (LaSNN, Section III-D).
+    """Balance thresholds in the spiking domain (LaSNN, Section III-D).
 
-    Layer by layer, earlier thresholds already set: ``v_threshold`` of layer ``l`` = maximum, over the
-    batch and ``encoder.T`` steps, of the layer's weighted input per step, with leak 1 while balancing.
-    Time streams through in pieces, so memory does not grow with ``T``. Dropout is off meanwhile; modes,
-    leaks and states are restored (states reset) afterwards.
+    Layers are balanced in the order in which they run, with the thresholds of earlier layers already set.
+    The ``v_threshold`` of layer ``l`` becomes the maximum of its weighted input per step over the batch and
+    ``encoder.T`` steps; the leak is 1 meanwhile. Time is processed in chunks, so memory does not grow with
+    ``T``. Dropout is off. Training modes and leaks are restored afterwards and the states are reset.
 
     Args:
-        snn: a network of this package's neurons in multi-step mode, as :func:`convert` gives it.
-        images: one batch ``[N, C, H, W]`` as the encoder takes it; the paper's is 512 images.
-        encoder: its ``T`` is the number of steps; the paper's is 2500.
-        statistic: ``"max"``, or a percentile in (0, 100]: the largest over the steps of that percentile
-            of a step's inputs.
-        scale: factor of all thresholds in the end; Rathi et al. take 0.7 for the training afterwards.
-        stem_only: in a residual network balance only the neurons outside its blocks and leave those
-            inside at 1 (before ``scale``), as Rathi et al. do.
-        chunk: time steps held in memory at once.
+        snn: a network of this package's neurons in multi-step mode, such as :func:`convert` returns.
+        images: one batch ``[N, C, H, W]`` for the encoder; the paper takes 512 images.
+        encoder: its ``T`` is the number of steps; the paper takes 2500.
+        statistic: ``"max"``, or a percentile in (0, 100] of each step's inputs, of which the maximum over
+            the steps is taken.
+        scale: factor of all thresholds in the end; Rathi et al. use 0.7 before training.
+        stem_only: balance only the neurons outside residual blocks and leave those inside at 1 (before
+            ``scale``), as Rathi et al. do.
+        chunk: number of time steps in memory at once.
         progress: show a progress bar.
 
     Returns:
-        The thresholds by module name, in the order of the layers.
+        The thresholds by module name, in the order in which the layers run.
 
     Raises:
         ValueError: a statistic, scale or chunk out of range, no neuron, a neuron that runs twice, or a
-            layer whose input is never above 0 (thresholds are then left as they were).
+            layer whose input is never above 0. Thresholds are then left unchanged.
     """
     if statistic != "max" and not (isinstance(statistic, (int, float)) and 0 < statistic <= 100):
         raise ValueError(f'statistic must be "max" or a percentile in (0, 100], got {statistic!r}')
@@ -199,45 +201,39 @@ def balance_thresholds(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 time step, got {chunk}")
     if images.dim() < 2 or len(images) < 1:
-        raise ValueError(f"images must be a batch [N, ...] of at least one, got shape {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be a batch [N, ...] with at least one image, got shape {tuple(images.shape)}"
+        )
     reduce = _reduction(statistic)
     before = {m: (m.v_threshold, m.leak) for m in snn.modules() if isinstance(m, TimeLoopNode)}
-    scales = {m: m.skip_scale.clone() for m in snn.modules() if isinstance(m, Block)}
+    blocks = [m for m in snn.modules() if isinstance(m, Block)]
+    scales = {block: block.skip_scale.clone() for block in blocks}
+    first = {block.first.neuron: block for block in blocks}
+    inside = {*first, *(block.neuron for block in blocks)} if stem_only else set()
     training = {m: m.training for m in snn.modules()}
     snn.eval()
     done = False
     try:
         with torch.no_grad():
             nodes = _nodes_in_order(snn, encoder.steps(images[:1], 1))
-            inside = {
-                f"{name}.{child}": block
-                for name, block in snn.named_modules()
-                if isinstance(block, Block)
-                for child in ("first.neuron", "neuron")
-            }
             for node in nodes.values():
                 node.leak = 1.0
             bar = tqdm(nodes.items(), desc="balancing thresholds", unit="layer", disable=not progress)
             for name, node in bar:
-                if stem_only and name in inside:
-                    node.v_threshold = 1.0
-                    inside[name].skip_scale.fill_(1.0)
-                    continue
-                peak = _largest_input(snn, node, images, encoder, chunk, reduce)
+                peak = 1.0 if node in inside else _largest_input(snn, node, images, encoder, chunk, reduce)
                 if not (math.isfinite(peak) and peak > 0):
                     raise ValueError(
                         f"neuron '{name}': its largest weighted input in {encoder.T} steps is {peak}, so no "
-                        f"threshold can be set; give the encoder more steps (a deep layer starts late), "
-                        f"or is the network not trained?"
+                        f"threshold can be set; use an encoder with more steps (deep layers start late), "
+                        f"and a trained network"
                     )
                 node.v_threshold = peak
-                if name in inside and name.endswith("first.neuron"):
-                    inside[name].skip_scale.fill_(1.0 / peak)
+                if node in first:
+                    first[node].skip_scale.fill_(1.0 / peak)
             for node in nodes.values():
                 node.v_threshold *= scale
-            for name, block in inside.items():
-                if name.endswith("first.neuron"):
-                    block.skip_scale.fill_(1.0 / block.first.neuron.v_threshold)
+            for node, block in first.items():
+                block.skip_scale.fill_(1.0 / node.v_threshold)
         done = True
     finally:
         for node, (v_threshold, leak) in before.items():
@@ -254,7 +250,7 @@ def balance_thresholds(
 
 
 def _reduction(statistic: str | float) -> Callable[[Tensor], float]:
-    """Largest value of a piece ``[steps, N, ...]``, or largest of its steps' percentiles."""
+    """Return the function that takes the maximum of ``[steps, N, ...]``, or of its steps' percentiles."""
     if statistic == "max":
         return lambda x: x.amax().item()
 
@@ -268,14 +264,14 @@ def _reduction(statistic: str | float) -> Callable[[Tensor], float]:
 
 
 def _nodes_in_order(snn: nn.Module, x: Tensor) -> dict[str, TimeLoopNode]:
-    """This package's neurons by name, in the order in which they run."""
+    """Return this package's neurons by name, in the order in which they run."""
     order: dict[str, TimeLoopNode] = {}
 
     def watch(name: str):
         def hook(module, args, output):
             if name in order:
                 raise ValueError(
-                    f"neuron '{name}' runs more than once in a forward pass; give each use its own module"
+                    f"neuron '{name}' runs more than once in a forward pass; use one module for each"
                 )
             order[name] = module
 
@@ -293,9 +289,7 @@ def _nodes_in_order(snn: nn.Module, x: Tensor) -> dict[str, TimeLoopNode]:
         for hook in hooks:
             hook.remove()
     if not order:
-        raise ValueError(
-            f"{type(snn).__name__} has no neuron of lasnn_sj.neurons that runs; convert the ANN first"
-        )
+        raise ValueError(f"{type(snn).__name__} runs no neuron of lasnn_sj.neurons; convert the ANN first")
     return order
 
 
@@ -307,6 +301,7 @@ def _largest_input(
     chunk: int,
     reduce: Callable[[Tensor], float],
 ) -> float:
+    """Return the largest weighted input of one neuron over the batch and all steps."""
     peak = -math.inf
 
     def watch(module, args):

@@ -1,8 +1,8 @@
-"""Magnitude pruning of convolutions, on ``torch.nn.utils.prune`` (reverse-KD, Eq. 3).
+"""Magnitude pruning of convolutions with ``torch.nn.utils.prune`` (reverse distillation, Eq. 3).
 
-A pruned convolution keeps ``weight_orig`` and ``weight_mask`` instead of ``weight`` and multiplies them in
-every forward, so a masked connection stays exactly 0 whatever the optimiser does. Both are in
-``state_dict``; to load such a state into a fresh network give it masks first: ``prune_magnitude(net, 0.0)``.
+A pruned convolution has ``weight_orig`` and ``weight_mask`` in place of ``weight`` and multiplies them in
+every forward pass, so a masked connection stays exactly 0 under any optimizer. Both are in ``state_dict``. To
+load such a state into a fresh network, attach masks first: ``prune_magnitude(net, 0.0)``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def prune_magnitude(
     model: nn.Module, ratio: float, scope: Literal["global", "layer"] = "global"
 ) -> nn.Module:
-    """Mask the convolutions' connections of smallest ``|w|``, in place (``W_pruned = W * M``, Eq. 3).
+    """Mask the convolutions' connections with the smallest ``|w|``, in place (``W_pruned = W * M``, Eq. 3).
 
     Args:
-        model: any network; only weights of convolutions are pruned, 1x1 shortcuts among them, no biases.
-        ratio: fraction of connections to mask, in [0, 1); of ``n`` connections ``round(ratio * n)``
-            are masked, to the one. 0 masks none, but attaches masks.
-        scope: ``"global"`` ranks all convolutions' connections together, ``"layer"`` each layer's.
+        model: any network. Only weights of convolutions are pruned, including 1x1 shortcuts; biases are not.
+        ratio: fraction of connections to mask, in [0, 1): exactly ``round(ratio * n)`` of ``n`` connections
+            are masked. A ratio of 0 attaches masks without masking anything.
+        scope: ``"global"`` ranks the connections of all convolutions together, ``"layer"`` each layer's.
 
     Returns:
-        The same ``model``. Optimisers made before stay valid.
+        The same ``model``. Existing optimizers stay valid.
 
     Raises:
-        ValueError: a ratio outside [0, 1), another scope, no convolution, or masks there already.
+        ValueError: a ratio outside [0, 1), another scope, no convolution, or existing masks.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < 1:
         raise ValueError(f"ratio must lie in [0, 1), the fraction of connections to prune; got {ratio!r}")
@@ -45,19 +45,21 @@ def prune_magnitude(
     masked = [name for name, module in layers.items() if _is_masked(module)]
     if masked:
         raise ValueError(
-            f"{masked[0]} has a pruning mask already; call make_permanent(model) first, the weights that "
-            f"are 0 then count among the smallest"
+            f"{masked[0]} already has a pruning mask; call make_permanent(model) first, so that weights of 0 "
+            f"count among the smallest"
         )
     modules = list(layers.values())
     for group in [modules] if scope == "global" else [[module] for module in modules]:
         _mask_smallest(group, ratio)
     for module in modules:
-        module.weight = module.weight.detach()  # made anew in every forward; with a graph deepcopy would fail
+        module.weight = (
+            module.weight.detach()
+        )  # recomputed in every forward; deepcopy fails on tensors with a graph
     return model
 
 
 def _mask_smallest(modules: list[nn.Module], ratio: float) -> None:
-    # prune.global_unstructured would do, but raises on weights in channels_last
+    # prune.global_unstructured raises on weights in channels_last
     magnitudes = torch.cat([module.weight.detach().abs().flatten() for module in modules])
     smallest = magnitudes.topk(round(ratio * len(magnitudes)), largest=False).indices
     masks = torch.ones_like(magnitudes).index_fill_(0, smallest, 0.0)
@@ -66,7 +68,7 @@ def _mask_smallest(modules: list[nn.Module], ratio: float) -> None:
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
-    """Write the zeros into the weights and take the masks off, in place; does nothing without masks."""
+    """Write the zeros into the weights and remove the masks, in place; do nothing without masks."""
     for module in _convolutions(model).values():
         if _is_masked(module):
             prune.remove(module, "weight")
@@ -75,22 +77,22 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How many of a network's convolutional connections are exactly 0.
+    """Counts of a network's convolutional connections that are exactly 0.
 
     Attributes:
-        layers: ``(zeros, connections)`` for each convolution, by module name.
+        layers: ``(zeros, connections)`` of each convolution by module name.
     """
 
     layers: dict[str, tuple[int, int]]
 
     @property
     def zeros(self) -> int:
-        """Connections that are 0, in all."""
+        """Total number of connections that are 0."""
         return sum(zeros for zeros, _ in self.layers.values())
 
     @property
     def connections(self) -> int:
-        """Connections in all."""
+        """Total number of connections."""
         return sum(connections for _, connections in self.layers.values())
 
     @property
@@ -114,7 +116,7 @@ class Sparsity:
 
 
 def sparsity(model: nn.Module) -> Sparsity:
-    """Zeros among the convolutions' connections, masked or permanent, per layer and in all."""
+    """Count the zeros among the convolutions' connections, masked or permanent, per layer and in total."""
     counts = {}
     for name, module in _convolutions(model).items():
         weight = _effective_weight(module)
@@ -124,7 +126,7 @@ def sparsity(model: nn.Module) -> Sparsity:
 
 @torch.no_grad()
 def _effective_weight(module: nn.Module) -> Tensor:
-    # the attribute `weight` of a masked layer is as old as its last forward
+    # the attribute `weight` of a masked layer dates from its last forward pass
     return module.weight_orig * module.weight_mask if _is_masked(module) else module.weight
 
 

@@ -366,7 +366,7 @@ class Pipeline:
         else:
             build = {"resnet20": models.teacher_resnet20, "vgg16": models.teacher_vgg16}[r.teacher]
             net = build(d.num_classes, d.in_channels, r.teacher_width)
-        return models.WithStatistics(net, d.mean, d.std).to(self.device)
+        return models.InputNormalization(net, d.mean, d.std).to(self.device)
 
     def _build_ann(self) -> nn.Module:
         r, d = self.recipe, self.data

@@ -1,8 +1,9 @@
-"""Building blocks that the papers' networks share, each in an ANN and a spiking form."""
+"""Building blocks of the papers' networks, each in an ANN form and a spiking form."""
 
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import torch
 from spikingjelly.activation_based import layer
@@ -12,27 +13,27 @@ from ..neurons import IntegratorNode, LIFNode, TimeLoopNode
 
 
 class Conv2d(layer.Conv2d):
-    """SpikingJelly's convolution, which computes an input that repeats over time only once.
+    """SpikingJelly's convolution, computed once where the input repeats over time.
 
-    A directly encoded image has time stride 0; so has this layer's output then.
+    A directly encoded image has time stride 0, and so has this layer's output for it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode."""
+        """Take and return ``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode."""
         if self.step_mode == "m" and _repeats(x):
             return super().forward(x[:1]).expand(len(x), -1, -1, -1, -1)
         return super().forward(x)
 
 
 class BatchNorm2d(layer.BatchNorm2d):
-    """SpikingJelly's batch norm over time and batch, which keeps a time stride of 0.
+    """SpikingJelly's batch norm over time and batch, computed once where the input repeats over time.
 
-    Equal steps have the mean and variance of one of them; only the running variance differs, in its
-    factor ``n / (n - 1)``, where ``n`` counts the pixels of one step instead of all.
+    Equal steps have the mean and variance of one of them. Only the running variance differs, in its
+    factor ``n / (n - 1)``: ``n`` counts the pixels of one step instead of those of all steps.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode."""
+        """Take and return ``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode."""
         if self.step_mode == "m" and _repeats(x):
             return super().forward(x[:1]).expand(len(x), -1, -1, -1, -1)
         return super().forward(x)
@@ -42,13 +43,35 @@ def _repeats(x: Tensor) -> bool:
     return x.dim() == 5 and x.stride(0) == 0 and len(x) > 1
 
 
-class Form:
-    """Whether a network is built as an ANN or as an SNN, and of which neurons.
+FIRING_RATE = 0.25  # of every layer of a fresh spiking network, at its first step
+# Ratio of threshold and deviation of the input: z * sqrt(rate), where P(N(0, 1) > z) = rate.
+INITIAL_THRESHOLD = NormalDist().inv_cdf(1 - FIRING_RATE) * math.sqrt(FIRING_RATE)
+
+
+class LayerFactory:
+    """Build the layers of one network, all in its ANN form or all in its spiking form.
+
+    **Initial thresholds.** With every threshold at 1 the signal of a fresh network dies out within a few
+    layers. A fresh layer's threshold therefore fits its initial weights. Let the spikes of the layer before
+    be 1 with probability ``r``, and let a neuron have ``n`` inputs with weights of variance ``s^2``. Its
+    input per step has mean 0 and variance ``n * s^2 * r``, so a neuron that starts at 0 fires in a single
+    step with probability ``P(N(0, 1) > v_threshold / sqrt(n * s^2 * r))``. That is ``r`` again, in every
+    layer, for
+
+    ``v_threshold = z * sqrt(r) * sqrt(n * s^2)``, where ``P(N(0, 1) > z) = r``
+
+    With ``r = 1/4``, ``v_threshold = 0.337 * sqrt(n * s^2)``. The rate 1/4 is stable: a layer that fires
+    less, for example behind an average pool, is followed by layers closer to 1/4, as long as its rate is
+    above 0.035. Potentials carried over from earlier steps only add to it. Threshold balancing replaces
+    these thresholds, and a converted network starts at 1.
 
     Args:
         spiking: ``True`` for LIF neurons on ``[T, N, ...]``, ``False`` for ReLU on ``[N, ...]``.
-        leak: leak of all neurons (the thresholds come from balancing, 1 until then).
+        leak: leak of all neurons.
         dropout: dropout probability; a spiking network shares one mask over all steps of a sequence.
+
+    Raises:
+        ValueError: the dropout probability is outside [0, 1).
     """
 
     def __init__(self, spiking: bool, leak: float, dropout: float) -> None:
@@ -57,60 +80,76 @@ class Form:
         self.spiking, self.leak, self.p = spiking, leak, dropout
         self.step_mode = "m" if spiking else "s"
 
-    def neuron(self) -> nn.Module:
-        """A layer's nonlinearity."""
-        return LIFNode(leak=self.leak, step_mode="m") if self.spiking else nn.ReLU()
+    def neuron(self, gain: float) -> nn.Module:
+        """Return a layer's nonlinearity; ``gain`` is ``n * s^2`` of the weights before it."""
+        if not self.spiking:
+            return nn.ReLU()
+        return LIFNode(v_threshold=INITIAL_THRESHOLD * math.sqrt(gain), leak=self.leak, step_mode="m")
 
-    def dropout(self, wanted: bool = True) -> nn.Module:
-        """Dropout after a hidden layer, or nothing."""
-        if not (wanted and self.p):
+    def dropout(self, enabled: bool = True) -> nn.Module:
+        """Return the dropout after a hidden layer, or an identity."""
+        if not (enabled and self.p):
             return nn.Identity()
-        # SpikingJelly's keeps its mask until the network is reset, which nobody does to an ANN.
+        # SpikingJelly's keeps its mask until the network is reset, and an ANN is never reset.
         return layer.Dropout(self.p, step_mode="m") if self.spiking else nn.Dropout(self.p)
 
     def conv(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> Conv2d:
-        """Convolution without bias that keeps the size at stride 1; from N(0, sqrt(2 / (k * k * C_out)))."""
+        """Return a padded convolution without bias, from N(0, sqrt(2 / (k * k * C_out)))."""
         conv = Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False, step_mode=self.step_mode)
         nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (kernel * kernel * c_out)))
         return conv
 
     def linear(self, n_in: int, n_out: int, full_in: int) -> layer.Linear:
-        """Linear layer without bias; from N(0, 0.01) at full size.
+        """Return a linear layer without bias, from N(0, 0.01) at full width.
 
-        A layer narrower than the paper's ``full_in`` inputs draws from a wider distribution, so that its
-        output is as large as at full size: at 0.01 the signal of a narrow network dies out.
+        A layer with fewer inputs than the paper's ``full_in`` draws from a wider distribution, so that its
+        output is as large as at full width; at 0.01 the signal of a narrow network dies out.
         """
         linear = layer.Linear(n_in, n_out, bias=False, step_mode=self.step_mode)
         nn.init.normal_(linear.weight, 0.0, 0.01 * math.sqrt(full_in / n_in))
         return linear
 
+    def conv_unit(self, c_in: int, c_out: int, stride: int = 1, dropout: bool = True) -> Unit:
+        """Return a 3x3 convolution with its nonlinearity and dropout."""
+        conv = self.conv(c_in, c_out, stride=stride)
+        return Unit(conv, self.neuron(conv_gain(c_in, c_out)), self.dropout(dropout))
+
+    def linear_unit(self, n_in: int, n_out: int, full_in: int) -> Unit:
+        """Return a linear layer with its nonlinearity and dropout."""
+        return Unit(self.linear(n_in, n_out, full_in), self.neuron(1e-4 * full_in), self.dropout())
+
     def pool(self) -> layer.AvgPool2d:
-        """Average pooling, 2x2."""
+        """Return a 2x2 average pool."""
         return layer.AvgPool2d(2, step_mode=self.step_mode)
 
     def flatten(self) -> layer.Flatten:
-        """Feature maps to vectors."""
+        """Return the layer that turns feature maps into vectors."""
         return layer.Flatten(step_mode=self.step_mode)
 
     def readout(self) -> nn.Module:
-        """Output layer: potentials of every step, or the logits as they are."""
+        """Return the output layer: an integrator (Eq. 3) of an SNN, an identity of an ANN."""
         return IntegratorNode(step_mode="m") if self.spiking else nn.Identity()
 
 
+def conv_gain(c_in: int, c_out: int) -> float:
+    """Return ``n * s^2`` of a convolution's initial weights: ``k^2 C_in * 2 / (k^2 C_out)``."""
+    return 2 * c_in / c_out
+
+
 class Unit(nn.Module):
-    """Weights, nonlinearity and dropout: ``dropout(neuron(weights(x)))``."""
+    """Weights, nonlinearity and dropout of a layer: ``dropout(neuron(weights(x)))``."""
 
     def __init__(self, weights: nn.Module, neuron: nn.Module, dropout: nn.Module) -> None:
         super().__init__()
         self.weights, self.neuron, self.dropout = weights, neuron, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, ...]`` of an ANN, ``[T, N, ...]`` of an SNN."""
+        """Take and return ``[N, ...]`` in an ANN, ``[T, N, ...]`` in an SNN."""
         return drop(self.neuron, self.dropout, self.weights(x))
 
 
 def drop(neuron: nn.Module, dropout: nn.Module, x: Tensor) -> Tensor:
-    """``dropout(neuron(x))``; where both are over time, without a pass of its own for the dropout."""
+    """Return ``dropout(neuron(x))``; in multi-step mode the neuron's time loop applies the mask."""
     folds = isinstance(neuron, TimeLoopNode) and isinstance(dropout, layer.Dropout)
     if not (folds and neuron.step_mode == "m"):
         return dropout(neuron(x))
@@ -122,17 +161,16 @@ def drop(neuron: nn.Module, dropout: nn.Module, x: Tensor) -> Tensor:
 
 
 def scaled(channels: int, width: float) -> int:
-    """Channels of a layer in a network ``width`` times as wide, at least 1."""
+    """Return a layer's channels in a network ``width`` times as wide, at least 1."""
     if not (math.isfinite(width) and width > 0):
         raise ValueError(f"width must be a positive number, got {width}")
     return max(1, round(channels * width))
 
 
 def pooled_size(image_size: int, halvings: int) -> tuple[int, int]:
-    """Extra pools before the classifier, and the feature map's side after all pools.
+    """Return the number of extra pools before the classifier, and the side of the map after all pools.
 
-    Images of 64 pixels get one more pool than those of 32, 128 two, so that the classifier keeps
-    its size.
+    Images of 64 pixels get one extra pool, those of 128 two, so that the classifier keeps its size.
     """
     extra = max(0, int(math.log2(image_size // 32))) if image_size >= 64 else 0
     side, rest = divmod(image_size, 2 ** (halvings + extra))
@@ -145,8 +183,9 @@ def pooled_size(image_size: int, halvings: int) -> tuple[int, int]:
 
 
 def check_input(x: Tensor, spiking: bool) -> None:
-    """Raise where a network is given the other form's input."""
+    """Raise :class:`ValueError` where an SNN gets an ANN's input or the reverse."""
     want, shape = (5, "[T, N, C, H, W]; encode images first") if spiking else (4, "[N, C, H, W]")
     if isinstance(x, Tensor) and x.dim() != want and not torch.jit.is_tracing():
         kind = "a spiking network" if spiking else "an ANN"
-        raise ValueError(f"{kind} takes {shape}, got shape {tuple(x.shape)}")
+        hint = ": DirectEncoder(T)(images), or encoder=DirectEncoder(T) in LaSNNTrainer" * spiking
+        raise ValueError(f"{kind} takes {shape}, got shape {tuple(x.shape)}{hint}")

@@ -5,48 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Form, Unit, check_input, drop, pooled_size, scaled
+from .layers import LayerFactory, check_input, conv_gain, drop, pooled_size, scaled
+from .registry import student_builder
 
 
 class Block(nn.Module):
-    """``neuron(conv(dropout(neuron(conv(x)))) + skip(x))``, the skip an identity or a 1x1 convolution.
+    """Residual block: ``neuron(conv(first(x)) + skip_scale * skip(x))``, ``first`` a layer of its own.
+
+    The skip is an identity, or a 1x1 convolution where the shape changes.
 
     Attributes:
         skip_scale: factor of the skip, 1 until thresholds are balanced. A balanced neuron fires at its
-            activation divided by its threshold, so what passes through the block's first neuron is
-            smaller by that threshold than what passes by on the skip; dividing the skip by it adds the
-            two in the same unit, as the ANN does.
+            activation divided by its threshold, so the signal through the block's first neuron is smaller
+            than the skip's by that threshold. Dividing the skip by the threshold too adds both in the same
+            unit, as the ANN does.
     """
 
-    def __init__(self, form: Form, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, factory: LayerFactory, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.first = Unit(form.conv(c_in, c_out, stride=stride), form.neuron(), form.dropout())
-        self.conv = form.conv(c_out, c_out)
+        self.first = factory.conv_unit(c_in, c_out, stride)
+        self.conv = factory.conv(c_out, c_out)
         same = c_in == c_out and stride == 1
-        self.skip = nn.Identity() if same else form.conv(c_in, c_out, kernel=1, stride=stride)
-        self.neuron, self.dropout = form.neuron(), form.dropout(False)
+        self.skip = nn.Identity() if same else factory.conv(c_in, c_out, kernel=1, stride=stride)
+        # The variances of both branches add up; that of an identity is its spikes' own.
+        gain = conv_gain(c_out, c_out) + (1.0 if same else conv_gain(c_in, c_out))
+        self.neuron, self.dropout = factory.neuron(gain), factory.dropout(False)
         self.register_buffer("skip_scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` of an ANN, ``[T, N, C, H, W]`` of an SNN."""
+        """Take and return ``[N, C, H, W]`` in an ANN, ``[T, N, C, H, W]`` in an SNN."""
         current = torch.addcmul(self.conv(self.first(x)), self.skip(x), self.skip_scale)
         return drop(self.neuron, self.dropout, current)
 
 
 class ResNet(nn.Module):
-    """A stem of three 3x3 convolutions instead of a 7x7 one, then four stages of residual blocks.
+    """Rathi's residual network: a stem of three 3x3 convolutions, then four stages of residual blocks.
 
-    Stem: 64, 64, 64 channels with dropout after the first two, and a 2x2 average pool. Stages: 64, 128,
-    256, 512 channels at strides 1, 2, 2, 2. No bias, no batch norm.
+    The stem has 64 channels, dropout after its first two layers, and a 2x2 average pool. The stages have
+    64, 128, 256 and 512 channels at strides 1, 2, 2 and 2. No bias, no batch norm. A fresh SNN fires in
+    every layer, see :class:`~lasnn_sj.models.layers.LayerFactory`.
 
     Args:
-        blocks: blocks of each stage.
+        blocks: number of blocks in each stage.
         num_classes, in_channels, image_size, width, spiking, leak, dropout: as for
             :class:`~lasnn_sj.models.vgg.VGG`.
 
     Shape:
         - ANN: ``[N, C, H, W]`` to logits ``[N, K]``
-        - SNN: ``[T, N, C, H, W]`` to output potentials ``[T, N, K]``; the scores are the last
+        - SNN: ``[T, N, C, H, W]`` to output potentials ``[T, N, K]``; the last are the class scores
+
+    Raises:
+        ValueError: an image size, width or dropout probability that cannot be used.
     """
 
     def __init__(
@@ -61,46 +70,37 @@ class ResNet(nn.Module):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
-        form = Form(spiking, leak, dropout)
+        factory = LayerFactory(spiking, leak, dropout)
         extra, side = pooled_size(image_size, 4)
         channels = scaled(64, width)
         self.stem = nn.Sequential(
-            Unit(form.conv(in_channels, channels), form.neuron(), form.dropout()),
-            Unit(form.conv(channels, channels), form.neuron(), form.dropout()),
-            Unit(form.conv(channels, channels), form.neuron(), form.dropout(False)),
-            form.pool(),
+            factory.conv_unit(in_channels, channels),
+            factory.conv_unit(channels, channels),
+            factory.conv_unit(channels, channels, dropout=False),
+            factory.pool(),
         )
         stages = []
         for c_out, stride in zip((64, 128, 256, 512), (1, 2, 2, 2)):
             wide = scaled(c_out, width)
-            stage = [Block(form, channels, wide, stride)]
-            stage += [Block(form, wide, wide, 1) for _ in range(blocks - 1)]
+            stage = [Block(factory, channels, wide, stride)]
+            stage += [Block(factory, wide, wide, 1) for _ in range(blocks - 1)]
             stages.append(nn.Sequential(*stage))
             channels = wide
         self.stages = nn.Sequential(*stages)
-        self.pools = nn.Sequential(*(form.pool() for _ in range(extra)))
-        self.flatten = form.flatten()
-        self.output = form.linear(channels * side * side, num_classes, 512 * 2 * 2)
-        self.readout = form.readout()
+        self.pools = nn.Sequential(*(factory.pool() for _ in range(extra)))
+        self.flatten = factory.flatten()
+        self.output = factory.linear(channels * side * side, num_classes, 512 * 2 * 2)
+        self.readout = factory.readout()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits, or encoded images to potentials."""
+        """Map images to logits (ANN), or encoded images to potentials (SNN)."""
         check_input(x, not isinstance(self.readout, nn.Identity))
         features = self.pools(self.stages(self.stem(x)))
         return self.readout(self.output(self.flatten(features)))
 
 
-def resnet12(
-    num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0,
-    spiking: bool = True, leak: float = 0.99, dropout: float = 0.2,
-) -> ResNet:  # fmt: skip
-    """ResNet12 of Rathi et al., one block a stage; arguments as for :class:`ResNet`."""
-    return ResNet(1, num_classes, in_channels, image_size, width, spiking, leak, dropout)
-
-
-def resnet20(
-    num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0,
-    spiking: bool = True, leak: float = 0.99, dropout: float = 0.2,
-) -> ResNet:  # fmt: skip
-    """ResNet20 of Rathi et al., two blocks a stage; arguments as for :class:`ResNet`."""
-    return ResNet(2, num_classes, in_channels, image_size, width, spiking, leak, dropout)
+resnet12 = student_builder("resnet12", ResNet, 1, doc="ResNet12 of Rathi et al., one block a stage.")
+resnet20 = student_builder(
+    "resnet20", ResNet, 2,
+    doc="ResNet20 of Rathi et al., two blocks a stage. Not the ANN :func:`teacher_resnet20` of He et al.",
+)  # fmt: skip

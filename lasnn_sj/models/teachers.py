@@ -1,6 +1,6 @@
 """Teachers in their CIFAR form (3x3 stem, no early pooling), with bias and batch norm.
 
-Any ``nn.Module`` is accepted as a teacher; these are the three of the paper.
+Any ``nn.Module`` can be a teacher; these are the three of the LaSNN paper.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from .registry import builder
 
-class WithStatistics(nn.Module):
-    """A teacher that keeps its data set's own mean and deviation, behind images in [-1, 1].
 
-    Students and intermediate ANNs see pixels normalised to [-1, 1]; the teacher is given the same batch
-    and this wrapper turns it into what the teacher was trained on.
+class InputNormalization(nn.Module):
+    """Wrap a teacher that expects its own input normalization.
+
+    Students and intermediate ANNs take pixels normalized to [-1, 1], and the teacher gets the same batch.
+    This wrapper converts it to ``(pixel - mean) / std``, which the teacher was trained on.
 
     Args:
         model: the teacher.
-        mean, std: per channel, of pixels in [0, 1].
+        mean, std: of pixels in [0, 1], one number per channel.
 
     Shape:
         - input ``[N, C, H, W]`` in [-1, 1]
-        - output: the model's
+        - output as the model's
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -37,7 +39,7 @@ class WithStatistics(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] to logits."""
+        """Map images in [-1, 1] to logits."""
         return self.model(((images + 1) / 2 - self.mean) / self.std)
 
 
@@ -64,7 +66,7 @@ class _BasicBlock(nn.Module):
 class TeacherResNet20(nn.Module):
     """ResNet-20 of He et al. for CIFAR: 16/32/64 channels, three blocks a stage, weightless shortcuts.
 
-    Names of layers are those of the commonly published checkpoints, which load into it.
+    Layers are named as in the commonly published checkpoints, which therefore load into it.
 
     Shape:
         - input ``[N, C, H, W]``
@@ -91,41 +93,53 @@ class TeacherResNet20(nn.Module):
         return nn.Sequential(first, *(_BasicBlock(c_out, c_out, 1) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
+        """Map images to logits."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
 
+@builder
 def teacher_resnet20(num_classes: int, in_channels: int = 3, width: float = 1.0) -> TeacherResNet20:
-    """ResNet-20 teacher; see :class:`TeacherResNet20`."""
+    """ResNet-20 of He et al. For the arguments see :class:`TeacherResNet20`."""
     return TeacherResNet20(num_classes, in_channels, width)
 
 
 def published_resnet20(path: str | Path) -> nn.Module:
-    """A trained ResNet-20 for CIFAR-10 from a file of github.com/akamaster/pytorch_resnet_cifar10.
+    """Load a trained ResNet-20 for CIFAR-10 from a file of github.com/akamaster/pytorch_resnet_cifar10.
 
     Args:
-        path: e.g. ``resnet20-12fca82f.th``, which was trained on images normalised with ImageNet's
-            statistics; no code in it is run.
+        path: for example ``resnet20-12fca82f.th``, which was trained on images normalized with ImageNet's
+            mean and deviation. No code in the file is executed.
 
     Returns:
-        The teacher in evaluation mode, taking images in [-1, 1].
+        The teacher in evaluation mode, for images in [-1, 1].
 
     Raises:
-        ValueError: the file is another network's, or damaged.
+        ValueError: the file belongs to another network or is damaged.
     """
     net = teacher_resnet20(num_classes=10)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of that ResNet-20 ({error})") from error
-    return WithStatistics(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).eval()
+        raise ValueError(f"{path} is not a checkpoint of this ResNet-20 ({error})") from error
+    return InputNormalization(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).eval()
 
 
+@builder
 def teacher_vgg16(num_classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
-    """VGG16 with batch norm; global average pooling and one linear layer behind the convolutions."""
+    """VGG16 with batch norm: 13 convolutions, global average pooling, one linear layer.
+
+    Args:
+        num_classes: number of classes ``K``.
+        in_channels: channels ``C`` of the images.
+        width: factor of all channels.
+
+    Shape:
+        - input ``[N, C, H, W]``
+        - output logits ``[N, K]``
+    """
     plan = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
     layers: list[nn.Module] = []
     channels = in_channels
@@ -143,8 +157,18 @@ def teacher_vgg16(num_classes: int, in_channels: int = 3, width: float = 1.0) ->
     return net
 
 
+@builder
 def teacher_densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """torchvision's DenseNet121 with a 3x3 stem at stride 1 and no pooling before the first block."""
+    """torchvision's DenseNet121 with a 3x3 stem at stride 1 and no pooling before the first block.
+
+    Args:
+        num_classes: number of classes ``K``.
+        in_channels: channels ``C`` of the images.
+
+    Shape:
+        - input ``[N, C, H, W]``
+        - output logits ``[N, K]``
+    """
     net = torchvision.models.densenet121(weights=None, num_classes=num_classes)
     net.features.conv0 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)

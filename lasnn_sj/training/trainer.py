@@ -53,7 +53,7 @@ class LaSNNTrainer:
         student: any SpikingJelly network in multi-step mode, ``[T, N, ...]`` to ``[T, N, K]`` or
             ``[N, K]``; without encoder any module that gives ``[N, K]``.
         teacher: any module, ``[N, ...]`` images to logits ``[N, K]``; it is put into evaluation mode and
-            its weights are frozen. See ``models.WithStatistics`` where it wants other input statistics.
+            its weights are frozen. See ``models.InputNormalization`` where it wants other input statistics.
         encoder: gives the student's input its time axis; ``None`` where the loader's batches have it
             already or the student has none.
         attention: ``"activation"`` (Eq. 5-8), ``"gradient"`` (Eq. 10-13) or ``None``.

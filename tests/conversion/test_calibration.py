@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_the_steps(images, monkeypatch):
 def test_shortcuts_and_own_statistics_are_kept(images):
     """A residual teacher behind its own normalisation converts as it is."""
     torch.manual_seed(0)
-    net = models.WithStatistics(models.teacher_resnet20(4, width=0.25), (0.5,) * 3, (0.25,) * 3)
+    net = models.InputNormalization(models.teacher_resnet20(4, width=0.25), (0.5,) * 3, (0.25,) * 3)
     net.train()
     for _ in range(5):
         net(images)

@@ -307,7 +307,7 @@ def test_arguments_out_of_range(vgg_case, changes, said):
 
 
 def test_a_network_without_neurons_is_refused():
-    with pytest.raises(ValueError, match="Linear has no neuron"):
+    with pytest.raises(ValueError, match="Linear runs no neuron"):
         balance_thresholds(layer.Linear(2, 2, step_mode="m"), torch.zeros(1, 2), DirectEncoder(1))
 
 
@@ -427,15 +427,15 @@ class SpareReLU(nn.Module):
 @pytest.mark.parametrize(("ann", "said"), [
     (net_with(nn.Conv2d(4, 4, 3)), r"layer '1' \(Conv2d\) has a bias"),
     (nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), r"layer '1' \(Linear\) has a bias.*bias=False"),
-    (net_with(nn.BatchNorm2d(4)), r"layer '1' \(BatchNorm2d\) normalises"),
-    (net_with(nn.LayerNorm(4)), r"layer '1' \(LayerNorm\) normalises"),
-    (net_with(nn.RMSNorm(4)), r"layer '1' \(RMSNorm\) normalises"),
+    (net_with(nn.BatchNorm2d(4)), r"layer '1' \(BatchNorm2d\) normalizes"),
+    (net_with(nn.LayerNorm(4)), r"layer '1' \(LayerNorm\) normalizes"),
+    (net_with(nn.RMSNorm(4)), r"layer '1' \(RMSNorm\) normalizes"),
     (net_with(nn.MaxPool2d(2)), r"layer '1' \(MaxPool2d\) takes a maximum.*average pooling"),
     (net_with(nn.AdaptiveMaxPool2d(2)), r"layer '1' \(AdaptiveMaxPool2d\) takes a maximum"),
-    (net_with(nn.GELU()), r"layer '1' \(GELU\) cannot be a spiking neuron.*nn\.ReLU"),
-    (net_with(nn.LeakyReLU()), r"layer '1' \(LeakyReLU\) cannot be a spiking neuron"),
+    (net_with(nn.GELU()), r"layer '1' \(GELU\) has no spiking form.*nn\.ReLU"),
+    (net_with(nn.LeakyReLU()), r"layer '1' \(LeakyReLU\) has no spiking form"),
     (net_with(nn.ConvTranspose2d(4, 4, 2, bias=False)), r"layer '1' \(ConvTranspose2d\) has no multi-step"),
-    (nn.Sequential(nn.Linear(2, 2, bias=False)), "Sequential has no nn.ReLU module.*F.relu cannot be seen"),
+    (nn.Sequential(nn.Linear(2, 2, bias=False)), "Sequential has no nn.ReLU module.*F.relu cannot be found"),
     (net_with(nn.Sequential(nn.Identity(), LIFNode())), r"layer '1\.1' \(LIFNode\) is a spiking layer"),
     (nn.Sequential(*[nn.ReLU()] * 2), r"layer '1' \(ReLU\) is the same module as layer '0'"),
 ])  # fmt: skip
@@ -460,7 +460,7 @@ def test_a_block_adds_both_arms_in_the_same_unit():
     """Rates of a balanced block, times its two thresholds, are the ANN's activations."""
     torch.manual_seed(0)
     T = 2000
-    form = models.layers.Form(spiking=False, leak=1.0, dropout=0.0)
+    form = models.layers.LayerFactory(spiking=False, leak=1.0, dropout=0.0)
     ann = nn.Sequential(models.resnet.Block(form, 3, 3, 1)).double()
     images = torch.rand(4, 3, 6, 6, dtype=torch.float64)
     snn = convert(ann, leak=1.0)

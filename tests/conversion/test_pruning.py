@@ -212,5 +212,5 @@ def test_other_bad_arguments():
     with pytest.raises(ValueError, match="Linear has no convolution to prune"):
         prune_magnitude(nn.Linear(2, 2), 0.5)
     net = prune_magnitude(small_net(), 0.5)
-    with pytest.raises(ValueError, match=r"0 has a pruning mask already; call make_permanent\(model\)"):
+    with pytest.raises(ValueError, match=r"0 already has a pruning mask; call make_permanent\(model\)"):
         prune_magnitude(net, 0.7)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lasnn_sj import models
-from lasnn_sj.data.encoding import DirectEncoder
+from lasnn_sj.data.encoding import DirectEncoder, PoissonEncoder
 from lasnn_sj.models.layers import Unit
 from lasnn_sj.neurons import LIFNode
 
@@ -309,6 +309,52 @@ def test_an_anns_dropout_needs_no_reset():
     assert ann(images[:1]).shape == (1, K)
 
 
+# ---- initial thresholds ----
+
+
+def firing_rates(net, encoded):
+    """Mean spikes of each layer, in the order in which they run."""
+    rates = []
+    hooks = [
+        m.register_forward_hook(lambda m, a, spikes: rates.append(spikes.mean().item()))
+        for m in net.modules()
+        if isinstance(m, LIFNode)
+    ]
+    functional.reset_net(net)
+    with torch.no_grad():
+        net.eval()(encoded)
+    for hook in hooks:
+        hook.remove()
+    return rates
+
+
+def test_initial_threshold_of_a_layer_by_hand():
+    """z = 0.6745 with P(N(0, 1) > z) = 1/4; n * s^2 = 9 * 32 * 2 / (9 * 64) = 1 and 1e-4 * 128 * 64."""
+    net = on_meta(models.vgg5, K, width=0.5)
+    first, classifier = net.features[0].neuron, net.classifier[0].neuron
+    assert first.v_threshold == pytest.approx(0.67449 * 0.5 * (3 * 2 / 32) ** 0.5, rel=1e-5)
+    assert net.features[2].neuron.v_threshold == pytest.approx(0.67449 * 0.5 * (32 * 2 / 64) ** 0.5, rel=1e-5)
+    assert classifier.v_threshold == pytest.approx(0.67449 * 0.5 * (1e-4 * 128 * 64) ** 0.5, rel=1e-5)
+
+
+def test_a_fresh_layer_fires_at_the_rate_of_the_layer_before_it():
+    torch.manual_seed(0)
+    unit = models.layers.LayerFactory(True, 0.99, 0.0).conv_unit(64, 64)
+    spikes = unit((torch.rand(1, 64, 64, 16, 16) < 0.25).float())
+    assert spikes.mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("encoder", [DirectEncoder, PoissonEncoder])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_fresh_spiking_network_fires_in_every_layer(name, encoder):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        images = 2 * torch.rand(2, 3, 32, 32) - 1
+        rates = firing_rates(STUDENTS[name](K, width=0.25), encoder(4)(images))
+        assert min(rates) > 0.05
+        assert max(rates) < 0.6
+
+
 # ---- forward ----
 
 
@@ -459,7 +505,7 @@ def test_resnet20_shortcut_takes_every_other_pixel_and_pads_channels_on_both_sid
 
 
 def test_with_statistics_turns_minus_one_to_one_into_the_teachers_normalisation():
-    teacher = models.WithStatistics(nn.Identity(), mean=(0.25, 0.5), std=(0.5, 2.0))
+    teacher = models.InputNormalization(nn.Identity(), mean=(0.25, 0.5), std=(0.5, 2.0))
     images = torch.tensor([-1.0, 0.0, 1.0]).expand(1, 2, 1, 3)  # pixels 0, 1/2, 1
     assert teacher(images)[0, :, 0].tolist() == [[-0.5, 0.5, 1.5], [-0.25, 0, 0.25]]
 
@@ -467,7 +513,7 @@ def test_with_statistics_turns_minus_one_to_one_into_the_teachers_normalisation(
 def test_with_statistics_undoes_the_students_normalisation():
     pixels = torch.rand(2, 3, 4, 4, dtype=torch.float64)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
-    teacher = models.WithStatistics(nn.Identity(), mean.tolist(), std.tolist()).double()
+    teacher = models.InputNormalization(nn.Identity(), mean.tolist(), std.tolist()).double()
     expected = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     # the statistics are kept in float32
     torch.testing.assert_close(teacher((pixels - 0.5) / 0.5), expected, rtol=1e-6, atol=1e-6)
@@ -486,7 +532,7 @@ def test_a_published_resnet20_scores_its_published_accuracy():
     state = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)["state_dict"]
     net = models.teacher_resnet20(10)
     net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
-    teacher = models.WithStatistics(net, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+    teacher = models.InputNormalization(net, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
     with np.load(CIFAR10) as arrays:
         images, labels = arrays["x_test"][:n], torch.from_numpy(arrays["y_test"][:n].astype("i8"))
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1

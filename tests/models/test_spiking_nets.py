@@ -1,4 +1,4 @@
-"""The reverse-KD paper's networks: sizes worked out by hand, neurons, forms, direct input."""
+"""Directly trained spiking networks: sizes worked out by hand, neurons, forms, direct input."""
 
 import pytest
 import torch
@@ -170,3 +170,62 @@ def test_bad_arguments(name, arguments, message):
 def test_images_without_a_time_axis_are_refused():
     with pytest.raises(ValueError, match=r"\[T, N, C, H, W\]; encode images first"):
         models.spiking_resnet18(10, width=0.1)(torch.zeros(2, 3, 32, 32))
+
+
+# ---- ResNet-19 with tdBN ----
+
+
+def test_parameters_of_resnet19_by_hand():
+    """Zheng et al.: 3x3 stem of 128, stages of 3/3/2 blocks, hidden linear layer of 256."""
+    stem = 3 * 128 * 9
+    stages = 6 * 128 * 128 * 9
+    stages += 128 * 256 * 9 + 5 * 256 * 256 * 9 + 128 * 256
+    stages += 256 * 512 * 9 + 3 * 512 * 512 * 9 + 256 * 512
+    norms = 2 * (128 * 7 + 256 * 7 + 512 * 5)
+    linear = 512 * 256 + 256 + 256 * 10 + 10
+    with torch.device("meta"):
+        net = models.spiking_resnet19(10)
+    assert sum(p.numel() for p in net.parameters()) == stem + stages + norms + linear == 12_697_994
+    assert sum(isinstance(m, neuron.LIFNode) for m in net.modules()) == 1 + 2 * 8 + 1
+
+
+def test_a_neuron_of_resnet19_by_hand():
+    """v = v / 4 + x, fires at 1 and is reset to 0."""
+    node = models.spiking_resnet19(10, width=0.05).stem[2]
+    current = torch.tensor([0.8, 0.8, 0.75, 0.8, 0.0, 3.0, 0.96]).view(-1, 1, 1, 1, 1)
+    # 0.8 | 0.2 + 0.8 = 1 | 0.75 | 0.1875 + 0.8 < 1 | 0.246875 | 3.06 | 0.96
+    assert node(current).flatten().tolist() == [0, 1, 0, 0, 0, 1, 0]
+
+
+def test_tdbn_gives_every_neuron_an_input_of_the_threshold_s_size():
+    """alpha * v_threshold = 1 in a series, two branches of variance 1/2 before a sum."""
+    torch.manual_seed(0)
+    net, deviations = models.spiking_resnet19(10, width=0.1), {}
+    for name, module in net.blocks.named_modules():
+        if isinstance(module, BatchNorm2d):
+            module.register_forward_hook(lambda m, a, y, name=name: deviations.update({name: y.std().item()}))
+    net(DirectEncoder(2)(torch.randn(4, 3, 32, 32)))
+    assert deviations["0.norm1"] == pytest.approx(1, abs=0.01)
+    for name in ("0.norm2", "3.norm2", "3.skip.1"):
+        assert deviations[name] == pytest.approx(0.5**0.5, abs=0.01)
+
+
+def test_forms_of_resnet19_and_its_gradients():
+    torch.manual_seed(0)
+    for channels, size in ((3, 32), (2, 128)):
+        net = models.spiking_resnet19(11, channels, size, width=0.1)
+        scores = net(torch.rand(4, 3, channels, size, size))
+        assert scores.shape == (4, 3, 11)
+        scores.square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", [*NETS, "resnet19"])
+def test_a_fresh_network_fires_in_every_layer(name):
+    torch.manual_seed(0)
+    net, rates = (NETS | {"resnet19": models.spiking_resnet19})[name](10, width=0.25), []
+    for module in net.modules():
+        if isinstance(module, neuron.BaseNode):
+            module.register_forward_hook(lambda m, a, spikes: rates.append(spikes.mean().item()))
+    net(DirectEncoder(4)(2 * torch.rand(4, 3, 32, 32) - 1))
+    assert min(rates) > 0.01
