@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-P, Net = ParamSpec("P"), TypeVar("Net", bound=nn.Module)
+P = ParamSpec("P")
+Net = TypeVar("Net", bound=nn.Module)
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
