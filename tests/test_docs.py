@@ -1,13 +1,18 @@
-"""Every Python block of the README and the pages runs, in the order in which a reader meets it."""
+"""Documentation: Python blocks run and do what the text says, links lead somewhere, tables are complete."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from lasnn_sj import distillation
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```python\n(.*?)^```$", re.M | re.S)
+PATH = re.compile(r"`((?:examples|benchmarks|lasnn_sj|tests|docs)/[\w./-]*)`")
 
 
 def blocks(page):
@@ -18,19 +23,70 @@ def blocks(page):
     ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
+def run(page, names):
     for line, source in blocks(page):
-        code = compile("\n" * line + source, str(page), "exec")  # so that an error names the page's line
+        code = compile("\n" * line + source, str(page), "exec")  # an error names the line of the page
         exec(code, names)
 
 
-def test_the_pages_have_blocks_and_links_that_lead_somewhere():
+WITH_BLOCKS = [page for page in PAGES[1:] if blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page, {})
+
+
+def test_the_readme_s_blocks_run_and_the_first_learns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    run(ROOT / "README.md", names)
+    printed = re.findall(r"^(\w+): ([\d.]+) % of the test images$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in printed] == ["converted", "distilled"]
+    converted, distilled = (float(top1) for _, top1 in printed)
+    assert distilled > 90  # chance is 10
+    assert distilled > converted + 5
+    again = names["trainer"].evaluate(names["test_loader"])
+    assert again["samples"] == 360
+
+
+def test_there_are_blocks_and_links_and_paths_lead_somewhere():
     assert sum(len(blocks(page)) for page in PAGES) >= 10
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        text = page.read_text()
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-        for path in re.findall(r"`((?:examples|benchmarks|lasnn_sj|tests)/[\w./-]+\.\w+)`", page.read_text()):
+        for path in PATH.findall(text):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    entries = re.findall(r"^[\w/]+$", index, re.M)
+    pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")}
+    assert set(entries) == pages - {"index"}
+
+
+def test_every_objective_has_a_row_in_the_methods_table():
+    rows = re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    objectives = {
+        name
+        for name in distillation.__all__
+        if inspect.isclass(kind := getattr(distillation, name))
+        and "signals" in inspect.signature(kind.__call__).parameters
+        and not getattr(kind, "_is_protocol", False)
+    }
+    assert {"CrossEntropy", "LabelKD", "SparseKD", "DefaultKD"} <= objectives
+    assert objectives - {"Sum"} <= set(rows)
+
+
+def test_project_files_are_valid():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert len(citation["references"]) == 2
+    assert all(paper["title"] and paper["authors"] for paper in citation["references"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    assert hooks["repos"][0]["rev"] == f"v{pinned}"
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert {"run": ".ci/run"} in workflow["jobs"]["ci"]["steps"]
