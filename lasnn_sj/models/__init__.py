@@ -15,9 +15,11 @@ builder                  kind neurons         batch norm used as
 :func:`spiking_resnet19` SNN  LIF, hard reset tdBN       student of most of today's papers (Zheng et al.)
 ======================== ==== =============== ========== ====================================================
 
-:func:`create` builds a model by its name, :func:`list_models` lists the names.
+:func:`create` builds a model by its name, :func:`list_models` lists the names. :func:`save_pretrained` and
+:func:`from_pretrained` write and read trained students.
 """
 
+from .pretrained import PretrainedError, from_hub, from_pretrained, push_to_hub, save_pretrained
 from .registry import create, list_models
 from .resnet import ResNet, resnet12, resnet20
 from .spiking_nets import (
@@ -42,6 +44,7 @@ from .vgg import VGG, conv3_linear2, vgg5, vgg7, vgg9, vgg16
 __all__ = [
     "VGG",
     "InputNormalization",
+    "PretrainedError",
     "ResNet",
     "SpikingResNet18",
     "SpikingResNet19",
@@ -49,10 +52,14 @@ __all__ = [
     "SpikingWRN16",
     "conv3_linear2",
     "create",
+    "from_hub",
+    "from_pretrained",
     "list_models",
     "published_resnet20",
+    "push_to_hub",
     "resnet12",
     "resnet20",
+    "save_pretrained",
     "spiking_resnet18",
     "spiking_resnet19",
     "spiking_vgg16",
