@@ -1,22 +1,22 @@
-"""Trained students for other simulators and neuromorphic hardware, in NIR. Needs ``nir`` and ``nirtorch``.
+"""Export of trained students to NIR, for other simulators and neuromorphic hardware.
 
-The graph describes one step: its input is a step of the encoded sample ``[C, H, W]`` (with direct encoding
-the image itself, again and again), its output the class scores of that step. SpikingJelly's
-``nir_exchange`` writes it; what that does not take is rewritten here where no spike changes by it:
+Needs ``nir`` and ``nirtorch``. The graph describes one time step: its input is one step of the encoded
+sample ``[C, H, W]`` (with direct encoding, the same image in every step), its output the class scores of that
+step. SpikingJelly's ``nir_exchange`` writes it. Layers that it does not support are first rewritten:
 
 - NIR's neurons fire above their threshold, SpikingJelly's at it: ``v >= v_threshold`` is written as
   ``v >`` the next smaller float32.
-- Potentials are written relative to ``v_reset``, so that they start at 0 and are reset to 0, which every
-  simulator does.
-- Batch norm becomes part of the convolution or linear layer before it, or where there is none (behind a
-  sum) a 1x1 convolution of its own; this rounds otherwise. Dropout is left out. Global average pooling
+- Potentials are written relative to ``v_reset``, so that they start at 0 and are reset to 0, as every
+  simulator assumes.
+- Batch norm is folded into the convolution or linear layer before it. Where there is none (behind a sum),
+  it becomes a 1x1 convolution; results then differ by rounding. Dropout is removed. Global average pooling
   becomes average pooling.
-- An :class:`~lasnn_sj.neurons.IntegratorNode` at the output is left out: the sum of the outputs over time
-  is its potential.
+- An :class:`~lasnn_sj.neurons.IntegratorNode` at the output is removed: its potential is the sum of the
+  outputs over time.
 
-SpikingJelly reads all of it back. snnTorch 1.0 reads LIF neurons (with the ``dt`` of :data:`DT`) and no IF;
-Norse 1.1 reads IF neurons, LIF neurons with ``decay_input=True``, and no average pooling. Both take one
-sample at a time, as NIR's flattening counts no batch.
+SpikingJelly reads all of it back. snnTorch 1.0 reads LIF neurons (with the ``dt`` of :data:`DT`) but not IF
+neurons. Norse 1.1 reads IF neurons and LIF neurons with ``decay_input=True``, but no average pooling. Both
+take one sample at a time, because NIR's flattening has no batch dimension.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..neurons.accelerate import AcceleratedIFNode, AcceleratedLIFNode
 if TYPE_CHECKING:
     import nir
 
-DT = 1e-4  # seconds; other simulators (snnTorch among them) read NIR with this step
+DT = 1e-4  # seconds; other simulators, such as snnTorch, read NIR with this time step
 _CONV2D = (nn.Conv2d, layer.Conv2d, layers.Conv2d)
 _LINEAR = (nn.Linear, layer.Linear)
 _NORM2D = (nn.BatchNorm2d, layer.BatchNorm2d, layers.BatchNorm2d)
@@ -57,32 +57,32 @@ _FLAT = (torch.flatten, "flatten")
 
 
 class ExportError(ValueError):
-    """The network cannot be written as NIR; the message names every layer in the way, and what would do."""
+    """The network cannot be exported to NIR; the message names the layers and a remedy."""
 
 
 def to_nir(student: nn.Module, sample_shape: Sequence[int], dt: float = DT) -> nir.NIRGraph:
-    """A student as a NIR graph that gives the same spikes.
+    """Convert a student to a NIR graph that emits the same spikes.
 
     Args:
         student: network of convolutions, linear layers, batch norm, average pooling and SpikingJelly's
             ``IFNode``, ``LIFNode`` or ``ParametricLIFNode`` with hard reset (accelerated or not), in either
-            step mode. It is written as it evaluates, without dropout, and not changed.
+            step mode. The graph is that of evaluation mode, without dropout; the student is not changed.
         sample_shape: shape of one sample at one step, ``(C, H, W)``, without time and batch.
-        dt: seconds of a time step, the unit of NIR's time constants.
+        dt: duration of a time step in seconds, the unit of NIR's time constants.
 
     Returns:
-        The graph. Its output node's metadata say how class scores are read from the outputs of ``T``
-        steps: ``readout`` is ``"mean"`` or ``"sum"`` over time.
+        The graph. ``readout`` in its output node's metadata is ``"mean"`` or ``"sum"``: the class scores are
+        the mean or the sum of the outputs over time.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
-        ExportError: layers that NIR cannot express, each by its name.
-        ValueError: a sample shape that does not fit the network, or a time step that is not above 0.
+        ExportError: layers that NIR cannot express; all are named.
+        ValueError: a sample shape that does not fit the network, or ``dt`` not above 0.
     """
     try:
         from spikingjelly.activation_based import nir_exchange
     except ImportError as error:
-        raise ImportError("export writes by nir and nirtorch: pip install 'lasnn-sj[nir]'") from error
+        raise ImportError("NIR export needs nir and nirtorch: pip install 'lasnn-sj[nir]'") from error
     if not dt > 0:
         raise ValueError(f"dt must be above 0 seconds, got {dt!r}")
     _refuse(student)
@@ -97,7 +97,15 @@ def to_nir(student: nn.Module, sample_shape: Sequence[int], dt: float = DT) -> n
 
 
 def save(student: nn.Module, path: str | Path, sample_shape: Sequence[int], dt: float = DT) -> Path:
-    """Write :func:`to_nir`'s graph to a file, which is complete or not there."""
+    """Write the graph of :func:`to_nir` to a file, atomically.
+
+    Args:
+        student, sample_shape, dt: as for :func:`to_nir`, which raises the same errors.
+        path: the file; missing folders are created.
+
+    Returns:
+        The path.
+    """
     graph = to_nir(student, sample_shape, dt)
     import nir
 
@@ -110,14 +118,14 @@ def save(student: nn.Module, path: str | Path, sample_shape: Sequence[int], dt: 
 
 
 def _refuse(student: nn.Module) -> None:
-    """Raise for all layers at once that have no form in NIR whatever stands around them."""
+    """Raise one error for all layers that have no form in NIR in any context."""
     reasons: dict[str, list[str]] = {}
     for name, module in student.named_modules():
         if reason := _why_not(module):
             reasons.setdefault(reason, []).append(name or "(root)")
     listed = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     if listed:
-        raise ExportError(f"{type(student).__name__} cannot be written as NIR:\n  " + "\n  ".join(listed))
+        raise ExportError(f"{type(student).__name__} cannot be exported to NIR:\n  " + "\n  ".join(listed))
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -125,16 +133,16 @@ def _why_not(module: nn.Module) -> str | None:
     stock = "train with SpikingJelly's IFNode or LIFNode and v_reset=0.0 (neurons.accelerate makes them fast)"
     if isinstance(module, (neuron.BaseNode, neuron.SimpleBaseNode)):
         if getattr(module, "v_reset", None) is None:
-            return f"{kind} resets softly, by subtracting its threshold, which NIR does not know; {stock}"
+            return f"{kind} resets by subtracting its threshold, which NIR does not have; {stock}"
         known = (neuron.IFNode, neuron.LIFNode, AcceleratedIFNode, AcceleratedLIFNode)
         if type(module) not in (*known, neuron.ParametricLIFNode):
-            return f"NIR has no neuron that is known to equal {kind}; {stock}"
+            return f"NIR has no equivalent of {kind}; {stock}"
     elif isinstance(module, _MAXIMUM):
-        return f"NIR has no maximum, which {kind} takes; train with average pooling or strided convolutions"
+        return f"NIR has no max pooling ({kind}); train with average pooling or strided convolutions"
     elif type(module) in _CONV2D and (module.groups != 1 or module.padding_mode != "zeros"):
         return (
-            f"groups={module.groups} and padding_mode={module.padding_mode!r}, SpikingJelly writes only "
-            f"groups=1 and padding_mode='zeros'; train with those"
+            f"groups={module.groups} and padding_mode={module.padding_mode!r}; SpikingJelly exports only "
+            f"groups=1 and padding_mode='zeros'"
         )
     elif type(module) in _AVERAGE and (
         module.ceil_mode
@@ -143,12 +151,12 @@ def _why_not(module: nn.Module) -> str | None:
     ):
         return "NIR's average pooling has no ceil_mode, divisor_override or count_include_pad=False"
     elif type(module) in (*_NORM2D, *_NORM1D) and module.running_var is None:
-        return f"{kind} keeps no running statistics, so it is no fixed map; train with them"
+        return f"{kind} has no running statistics; train with track_running_stats=True"
     return None
 
 
 class _Tracer(fx.Tracer):
-    """Sees every layer as one call, and containers that only carry time along as what is in them."""
+    """Trace every layer as one call, and the content of containers that only handle the time axis."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Sequential):  # also an empty one
@@ -168,12 +176,12 @@ def _trace(student: nn.Module) -> fx.Graph:
     training = {module: module.training for module in student.modules()}
     student.eval()
     try:
-        # wrapped, so that a student which is a single layer is called too
+        # wrapped, so that a student that is a single layer is a call, too
         return _Tracer().trace(nn.Sequential(student))
     except (fx.proxy.TraceError, TypeError) as error:
         raise ExportError(
-            f"{type(student).__name__}'s forward cannot be followed ({error}); NIR needs one without "
-            f"branches on its input, built of modules and sums"
+            f"{type(student).__name__}'s forward cannot be traced ({error}); NIR needs one of modules and "
+            f"sums, without branches on its input"
         ) from error
     finally:
         for module, mode in training.items():
@@ -182,7 +190,7 @@ def _trace(student: nn.Module) -> fx.Graph:
 
 @torch.no_grad()
 def _rebuild(student: nn.Module, example: torch.Tensor) -> fx.GraphModule:
-    """The student's step of stock layers alone, single-step, on the CPU, in float32."""
+    """Return one step of the student, of stock single-step layers on the CPU in float32."""
     graph = _trace(student)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     rebuilt: dict[str, nn.Module] = {}
@@ -196,8 +204,8 @@ def _rebuild(student: nn.Module, example: torch.Tensor) -> fx.GraphModule:
         name, module = node.target.removeprefix("0").removeprefix("."), originals.get_submodule(node.target)
         if isinstance(module, neuron.BaseNode) and calls[node.target] > 1:
             raise ExportError(
-                f"layer '{name}': one {type(module).__name__} stands in {calls[node.target]} places, its "
-                f"potential would be theirs together; give each place a neuron of its own"
+                f"layer '{name}': one {type(module).__name__} is used in {calls[node.target]} places, which "
+                f"would share its potential; use one neuron for each"
             )
         last = all(user.op == "output" for user in node.users)
         if type(module) in _NOTHING or (isinstance(module, IntegratorNode) and last):
@@ -211,7 +219,7 @@ def _rebuild(student: nn.Module, example: torch.Tensor) -> fx.GraphModule:
 
 
 def _add(rebuilt: dict[str, nn.Module], node: fx.Node, module: nn.Module) -> str:
-    """Keep a node's module under a name without the wrapper's leading number."""
+    """Store a node's module under its name without the wrapper's leading number; return that name."""
     name = node.name.removeprefix("_0_")
     while name in rebuilt:
         name += "_"
@@ -220,7 +228,7 @@ def _add(rebuilt: dict[str, nn.Module], node: fx.Node, module: nn.Module) -> str
 
 
 def _rewrite_call(node: fx.Node, rebuilt: dict[str, nn.Module]) -> None:
-    """Sums as ``operator.add``, flattening as a layer; anything else a forward calls is refused."""
+    """Rewrite sums as ``operator.add`` and flattening as a layer; raise for any other function."""
     both = len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
     if node.target in _ADD and both and not node.kwargs and node.args[0] is not node.args[1]:
         node.op, node.target = "call_function", operator.add
@@ -234,14 +242,14 @@ def _rewrite_call(node: fx.Node, rebuilt: dict[str, nn.Module]) -> None:
     where = (inside[-1] if inside else "0").removeprefix("0").removeprefix(".") or "(root)"
     called = node.target if isinstance(node.target, str) else node.target.__name__
     raise ExportError(
-        f"layer '{where}': its forward calls {called}{tuple(node.args[1:])}, which has no form in NIR; of "
-        f"functions only the sum of two layers and flatten(1) have, use layers for the rest (a mean over "
-        f"time belongs behind the network)"
+        f"layer '{where}': its forward calls {called}{tuple(node.args[1:])}, which has no form in NIR; only "
+        f"the sum of two layers and flatten(1) have one, so use layers for the rest (and take a mean over "
+        f"time outside the network)"
     )
 
 
 def _fold(node: fx.Node, norm: nn.Module, rebuilt: dict[str, nn.Module]) -> None:
-    """Batch norm into the layer before it, if that is its alone, else as a layer of its own."""
+    """Fold batch norm into the layer before it if only batch norm uses that, else make it a layer."""
     before = node.args[0]
     host = rebuilt.get(before.target) if before.op == "call_module" and len(before.users) == 1 else None
     flat = type(norm) in _NORM1D
@@ -261,7 +269,7 @@ def _fold(node: fx.Node, norm: nn.Module, rebuilt: dict[str, nn.Module]) -> None
 
 
 def _stock(module: nn.Module, name: str) -> nn.Module:
-    """The layer that does the same in a single step and that SpikingJelly knows how to write."""
+    """Return the equivalent single-step layer that SpikingJelly can export."""
     if type(module) in _CONV2D:
         return _weighted(module, nn.Conv2d(
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
@@ -279,7 +287,7 @@ def _stock(module: nn.Module, name: str) -> nn.Module:
         return nn.Flatten()
     if isinstance(module, neuron.BaseNode):
         return _stock_neuron(module)
-    advice = "it may stand at the output alone" if isinstance(module, IntegratorNode) else (
+    advice = "it is allowed at the output only" if isinstance(module, IntegratorNode) else (
         "use SpikingJelly's Conv2d, Linear, BatchNorm, AvgPool2d, Flatten, and neurons"
     )  # fmt: skip
     raise ExportError(f"layer '{name}': {type(module).__name__} has no form in NIR; {advice}")
@@ -288,7 +296,7 @@ def _stock(module: nn.Module, name: str) -> nn.Module:
 def _weighted(module: nn.Module, stock: nn.Module) -> nn.Module:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
-            hook(module, ())  # a masked layer's weight is as old as its last forward
+            hook(module, ())  # a masked layer's weight dates from its last forward pass
     stock.weight.copy_(module.weight.detach())
     if module.bias is not None:
         stock.bias.copy_(module.bias.detach())
@@ -304,7 +312,7 @@ def _stock_neuron(node: neuron.BaseNode) -> neuron.BaseNode:
 
 
 def _fixed_pools(net: fx.GraphModule, example: torch.Tensor) -> fx.GraphModule:
-    """Adaptive pools as pools of a fixed size, from the shapes that the example has on its way."""
+    """Replace adaptive pools by pools of a fixed size, from the shapes of the example's feature maps."""
     shapes: dict[str, torch.Size] = {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
@@ -326,8 +334,8 @@ def _fixed_pools(net: fx.GraphModule, example: torch.Tensor) -> fx.GraphModule:
         outside = [n or m for n, m in zip(_pair(getattr(net, name).output_size), inside)]
         if any(m % n for m, n in zip(inside, outside)):
             raise ExportError(
-                f"layer '{name}': {tuple(inside)} pixels are not divided evenly into {tuple(outside)}, "
-                f"which NIR's pooling does; use images of another size or AvgPool2d"
+                f"layer '{name}': {tuple(inside)} pixels cannot be divided evenly into {tuple(outside)}, as "
+                f"NIR's pooling does; use images of another size or AvgPool2d"
             )
         setattr(net, name, nn.AvgPool2d(tuple(m // n for m, n in zip(inside, outside))))
     return net

@@ -285,22 +285,22 @@ class Branches(Squares):
 
 @pytest.mark.parametrize(("make", "shape", "message"), [
     (lambda: models.vgg5(10, 1, 8, width=0.1), (1, 8, 8),
-     r"features\.0\.neuron, features\.2\.neuron, .*LIFNode resets softly.*v_reset=0\.0"),
-    (lambda: nn.Sequential(layer.Linear(4, 4), IFNode()), (4,), "1: IFNode resets softly"),
-    (lambda: nn.Sequential(neuron.LIFNode(v_reset=None)), (4,), "0: LIFNode resets softly"),
-    (lambda: nn.Sequential(neuron.QIFNode()), (4,), "0: NIR has no neuron .* QIFNode; train"),
+     r"features\.0\.neuron, features\.2\.neuron, .*LIFNode resets by subtracting.*v_reset=0\.0"),
+    (lambda: nn.Sequential(layer.Linear(4, 4), IFNode()), (4,), "1: IFNode resets by subtracting"),
+    (lambda: nn.Sequential(neuron.LIFNode(v_reset=None)), (4,), "0: LIFNode resets by subtracting"),
+    (lambda: nn.Sequential(neuron.QIFNode()), (4,), "0: NIR has no equivalent of QIFNode; train"),
     (lambda: models.spiking_vgg16(10, 1, 32, width=0.1), (1, 32, 32),
-     r"features\.3, .*: NIR has no maximum, which MaxPool2d takes; train with average pooling"),
+     r"features\.3, .*: NIR has no max pooling \(MaxPool2d\); train with average pooling"),
     (lambda: layer.Conv2d(4, 4, 3, groups=2), (4, 8, 8), r"\(root\): groups=2"),
     (lambda: layer.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (4, 8, 8), "padding_mode='circular'"),
     (lambda: layer.AvgPool2d(2, ceil_mode=True), (4, 8, 8), "ceil_mode"),
     (lambda: layer.BatchNorm2d(4, track_running_stats=False), (4, 8, 8), "no running statistics"),
-    (lambda: layer.AdaptiveAvgPool2d(3), (4, 8, 8), r"\(8, 8\) pixels are not divided evenly into \(3, 3\)"),
+    (lambda: layer.AdaptiveAvgPool2d(3), (4, 8, 8), r"\(8, 8\) pixels cannot be divided evenly into \(3, 3\)"),
     (lambda: nn.Sequential(nn.ReLU()), (4,), "layer '0': ReLU has no form in NIR; use"),
-    (lambda: nn.Sequential(IntegratorNode(), layer.Linear(4, 4)), (4,), "'0': IntegratorNode .* alone"),
-    (twice, (4,), "layer '1': one LIFNode stands in 2 places"),
+    (lambda: nn.Sequential(IntegratorNode(), layer.Linear(4, 4)), (4,), "'0': IntegratorNode .* at the output only"),
+    (twice, (4,), "layer '1': one LIFNode is used in 2 places"),
     (Squares, (4,), r"layer '\(root\)': its forward calls mul"),
-    (Branches, (4,), "Branches's forward cannot be followed"),
+    (Branches, (4,), "Branches's forward cannot be traced"),
 ])  # fmt: skip
 def test_what_nir_cannot_express_is_refused_by_name(make, shape, message):
     with pytest.raises(export.ExportError, match=message):

@@ -1,0 +1,104 @@
+"""SpikingJelly's own models as students: every one that takes 32x32 images trains here.
+
+Left out are models for other input (MNISTNet and the event networks of ``parametric_lif_net``), the networks
+of ``spiking_vggws_ottt``, which are trained online, one step at a time, and ``snas_net`` and ``spike_dhs``,
+which need the result of an architecture search. A module's deeper and wider builders build the same layers.
+"""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, model, neuron
+from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet, spiking_vgg
+from torch.utils.data import DataLoader, TensorDataset
+
+from lasnn_sj import DirectEncoder, LaSNNTrainer, models
+
+T, K = 2, 4
+LIF = {"spiking_neuron": neuron.LIFNode, "detach_reset": True}
+
+
+def small_vgg():
+    plan = [8, "M", 8, "M", 16, 16, "M", 16, "M", 512, "M"]
+    net = spiking_vgg.SpikingVGG(plan, batch_norm=True, num_classes=K, **LIF)
+    net.classifier = torch.nn.Sequential(layer.Linear(512 * 7 * 7, K))  # in place of 4096, 4096, K
+    return net
+
+
+def cifar10_net():
+    net = parametric_lif_net.CIFAR10Net(channels=8, **LIF)
+    net.conv_fc[-1] = layer.VotingLayer(100 // K)
+    return net
+
+
+ONE = (1, 1, 1)
+MODELS = {
+    "spiking_resnet19": lambda: models.spiking_resnet19(K, width=0.1),
+    "sew_resnet": lambda: sew_resnet.SEWResNet(
+        sew_resnet.BasicBlock, [1, *ONE], num_classes=K, cnf="ADD", **LIF
+    ),
+    "spiking_resnet": lambda: spiking_resnet.SpikingResNet(
+        spiking_resnet.BasicBlock, [1, *ONE], num_classes=K, **LIF
+    ),
+    "spiking_vgg": small_vgg,
+    "cifar10_net": cifar10_net,
+    "ms_resnet": lambda: model.MSResNet(T, num_classes=K, layers=(1, *ONE), base_channels=8),
+    "max_resnet": lambda: model.MaxResNet(T, num_classes=K, layers=(1, *ONE), base_channels=8),
+    "att_ms_resnet": lambda: model.AttMSResNet(T, num_classes=K, layers=(1, *ONE), base_channels=16),
+    "masnn": lambda: model.MASNN(T, 3, K, channels=(16, 16, 16), fc_hidden=16, reduction_t=2),
+    "spikformer": lambda: model.Spikformer(
+        T, 3, 32, 32, patch_size=4, num_classes=K, embed_dims=32, num_heads=4, depths=1
+    ),
+    "qkformer": lambda: model.QKFormer(
+        T, num_classes=K, embed_dims=48, num_heads=(1, 2, 2), depths=ONE
+    ),
+    "maxformer": lambda: model.MaxFormer(T, num_classes=K, embed_dims=64, depths=ONE),
+    "maxformer_cifar": lambda: model.MaxFormer(T, num_classes=K, embed_dims=64, depths=ONE, cifar=True),
+    "spike_driven_transformer": lambda: model.SpikeDrivenTransformer(
+        T, num_classes=K, embed_dims=32, num_heads=4, depths=1, pooling_stat="0011"
+    ),
+}  # fmt: skip
+# Shapes of spiking layers' outputs after [T, N]: maps C, H, W; tokens C, L; inside attention heads, d, L.
+SHAPES = {
+    "spikformer": {"patch_embed.stages.3.neuron": (32, 8, 8), "blocks.0.attn.qkv_lif": (96, 64),
+                   "blocks.0.attn.attn_lif": (4, 8, 64), "blocks.0.mlp.neuron2": (32, 64)},
+    "qkformer": {"patch_embed1.lif2": (12, 8, 8), "stage1.0.attn.attn_lif": (1, 1, 64),
+                 "stage1.0.mlp.lif2": (12, 64), "stage3.0.mlp.lif2": (48, 4)},
+    "maxformer": {"stage2.0.mlp.lif2": (128, 4, 4), "stage3.0.attn.proj_lif": (64, 4)},
+    "maxformer_cifar": {"stage3.0.attn.input_lif": (64, 64), "stage3.0.mlp.lif2": (256, 8, 8)},
+    "spike_driven_transformer": {"blocks.0.attn.q_lif": (32, 8, 8), "blocks.0.attn.attn_lif": (4, 1, 8),
+                                 "blocks.0.mlp.lif2": (128, 8, 8)},
+}  # fmt: skip
+
+
+def build(name):
+    torch.manual_seed(0)
+    net = MODELS[name]()
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def loader():
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(2 * torch.rand(8, 3, 32, 32) - 1, torch.arange(8) % K), batch_size=8)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_the_transformers_spikes(name):
+    net, shapes = build(name), {}
+    for path, module in net.named_modules():
+        if isinstance(module, neuron.BaseNode):
+            module.register_forward_hook(lambda m, a, y, path=path: shapes.update({path: tuple(y.shape[2:])}))
+    net(DirectEncoder(T)(torch.rand(2, 3, 32, 32)))
+    assert {path: shapes[path] for path in SHAPES[name]} == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_cross_entropy_trains_the_network(name):
+    net = build(name)
+    before = {path: weight.detach().clone() for path, weight in net.named_parameters()}
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer = LaSNNTrainer(net, attention=None, encoder=DirectEncoder(T), optimizer=sgd)
+    (row,) = trainer.fit(loader(), epochs=1)
+    assert 0 < row["loss"] < 10 * torch.tensor(K).log()
+    changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
+    assert len(changed) > len(before) / 2
