@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -190,11 +191,10 @@ def inspect_student(
     }
     path = folder / "inspection.json"
     if distributed.is_main():
-        part = folder / "inspection.npz.part"
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        part.replace(folder / "inspection.npz")
-        files.write_text(path, json.dumps(found, indent=1) + "\n")
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        files.write(folder / "inspection.npz", packed.getvalue())
+        files.write_json(path, found)
     log.info("inspection of %s: top-1 %.2f %%, %s", folder, result["top1"], path)
     return path
 

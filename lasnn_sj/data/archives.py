@@ -17,28 +17,41 @@ class ArchiveError(ValueError):
     """An ``.npz`` file that cannot be used; the message says why."""
 
 
-def read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Those of the named arrays that an ``.npz`` file has, and the names of all that it has.
+def read_npz(
+    path: Path, names: Sequence[str] | None = None, at_most: int | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read named arrays of an ``.npz`` file; also returns the names of all arrays that it has.
 
     Shapes, sizes and checksums are held against each other before memory is taken: it grows with the file
     and not with what the file declares. Pickles are not read, and nothing is unpacked.
+
+    Args:
+        path: a regular file.
+        names: arrays to read, of those that are there; all if not given.
+        at_most: bytes that the arrays may take; this machine's memory if not given.
 
     Raises:
         ArchiveError: the file is damaged, or declares more than it holds or than this machine has memory.
         OSError: it cannot be opened.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(f"{path} is not there as a file")
         size = path.stat().st_size
+        limit = _memory() if at_most is None else at_most
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             if len(entries) < len(archive.infolist()):
                 raise ValueError("two of its entries have one name")
-            declared = 0
+            names, declared = list(entries) if names is None else names, 0
             for name in names:
                 if name in entries:
                     declared += _declared(archive, entries[name], size)
-            if declared > _memory():
-                raise ValueError(f"its arrays take {declared / 2**30:.1f} GiB, more memory than there is")
+            if declared > limit:
+                what = (
+                    "memory than there is" if at_most is None else f"than the {limit / 2**30:.1f} it may have"
+                )
+                raise ValueError(f"its arrays take {declared / 2**30:.1f} GiB, more {what}")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in entries}, list(entries)
     except OSError:

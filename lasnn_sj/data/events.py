@@ -31,6 +31,7 @@ FLIPS: dict[str, dict[int, int] | None] = {
     "n-mnist": None,
     "cifar10-dvs": {},
 }
+LATEST = 2**53  # microseconds; 285 years
 _FORMAT = 1  # of cached files; to be raised when the same settings give other frames
 
 
@@ -79,6 +80,9 @@ def to_frames(events: np.ndarray, sensor_size: tuple[int, int], framing: Framing
 
     Returns:
         Counts ``[T, 2, H, W]``, int64; the second axis is the polarity.
+
+    Raises:
+        ValueError: times too far apart to be divided into ``T`` in 64 bits.
     """
     T, n = framing.T, len(events)
     width, height = (-(-side // framing.shrink) for side in sensor_size)
@@ -86,8 +90,10 @@ def to_frames(events: np.ndarray, sensor_size: tuple[int, int], framing: Framing
         step = np.arange(n) * T // max(n, 1)
     else:
         t = events["t"].astype(np.int64)
-        t -= t[:1]
-        step = t * T // (t.max(initial=0) + 1)
+        span = int(t.max()) - int(t[0]) + 1 if n else 1
+        if span * T >= 2**63:
+            raise ValueError(f"times from {t[0]} to {t.max()} microseconds are too far apart for {T} frames")
+        step = (t - t[:1]) * T // span
     x, y, p = (events[name].astype(np.int64) for name in ("x", "y", "p"))
     pixel = ((step * 2 + p) * height + y // framing.shrink) * width + x // framing.shrink
     return np.bincount(pixel, minlength=T * 2 * height * width).reshape(T, 2, height, width)
@@ -276,6 +282,12 @@ class EventFrames(Dataset):
     def _check(self, events: np.ndarray, path: str) -> None:
         if len(events) == 0:
             raise RecordingError(f"recording {path} has no events; remove it or unpack it again")
+        first, last = int(events["t"].min()), int(events["t"].max())
+        if max(abs(first), abs(last)) > LATEST:
+            raise RecordingError(
+                f"recording {path} has events at {first} to {last} microseconds, centuries away; remove it "
+                f"or unpack it again"
+            )
         width, height, polarities = self.recordings.sensor_size
         for name, size in (("x", width), ("y", height), ("p", polarities)):
             low, high = int(events[name].min()), int(events[name].max())

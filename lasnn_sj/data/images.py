@@ -24,6 +24,7 @@ STATISTICS = {
     "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
 NAMES = ("digits", *STATISTICS)
+MOST_CLASSES = 100_000  # of a file with fewer images; a stray label must not make a network of gigabytes
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -312,6 +313,11 @@ def _npz(path: Path, augment: bool) -> ImageData:
             raise ValueError(
                 f"{path}: {_KEYS[role + 1]} must be {len(images)} whole numbers from 0 on, got "
                 f"{labels.dtype} {arrays[role + 1].shape}"
+            )
+        if labels.max() >= max(MOST_CLASSES, len(labels)):
+            raise ValueError(
+                f"{path}: {_KEYS[role + 1]} has the label {labels.max()}, which would make "
+                f"{int(labels.max()) + 1} classes of {len(labels)} images; labels are numbered from 0 on"
             )
         arrays[role], arrays[role + 1] = images, labels
     if arrays[0].shape[1:] != arrays[2].shape[1:]:

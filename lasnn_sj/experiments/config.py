@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from ..runtime import files
+
 T = TypeVar("T")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
@@ -55,10 +57,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def write(path: str | Path, mapping: dict[str, Any]) -> None:
     """A mapping as YAML, in its order, complete or not there."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(yaml.safe_dump(mapping, sort_keys=False))
-    part.replace(path)
+    files.write(Path(path), yaml.safe_dump(mapping, sort_keys=False))
 
 
 def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
@@ -26,9 +24,11 @@ from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..data.images import ImageData
 from ..distillation.objectives import CrossEntropy, LabelKD, Objective, SpikeKD
 from ..neurons import LinearSurrogate, TimeLoopNode
-from ..runtime import distributed, random_state
+from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
 from ..runtime.files import check_settings
+from ..runtime.locks import FolderLock
+from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.evaluation import evaluate
 from ..training.trainer import LaSNNTrainer
 
@@ -142,6 +142,8 @@ class Pipeline:
     Raises:
         ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
         RuntimeError: several processes under torchrun.
+
+    A stage that has to run where another process works in the same folder raises a ``LockError``.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class Pipeline:
         self.recipe, self.data, self.device = recipe, data, torch.device(device)
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.run_dir)
         self._given, self._ann, self._snn_teacher = (
             None if net is None else net.to(self.device) for net in (teacher, ann, snn_teacher)
         )
@@ -211,20 +214,20 @@ class Pipeline:
 
     def _stage(self, stage: str) -> dict[str, float]:
         path = self.run_dir / stage / "result.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        self._prepare(stage)
-        log.info("stage %s of %s", stage, self.run_dir)
-        path.parent.mkdir(exist_ok=True)
-        # What a stage gives must not depend on which others this process has run: calibration images are
-        # augmented.
-        random_state.seed_everything(self.recipe.seed)
-        with Cost(self.device) as cost:
-            result = getattr(self, f"_run_{stage}")(path.parent)
-        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)
+        result = files.read_json(files.inside(self.run_dir, f"{stage}/result.json"))
+        if result is not None:
+            return result
+        with self._lock:
+            self._prepare(stage)
+            log.info("stage %s of %s", stage, self.run_dir)
+            path.parent.mkdir(exist_ok=True)
+            # What a stage gives must not depend on which others this process has run: calibration images
+            # are augmented.
+            random_state.seed_everything(self.recipe.seed)
+            with Cost(self.device) as cost:
+                result = getattr(self, f"_run_{stage}")(path.parent)
+            result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
+            files.write_json(path, result)
         return result
 
     def _prepare(self, stage: str) -> None:
@@ -266,7 +269,7 @@ class Pipeline:
         for node in _nodes(snn):
             node.leak = 1.0
         self._keep(folder, snn)
-        (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1) + "\n")
+        files.write_json(folder / "thresholds.json", thresholds)
         return self._examine(snn)
 
     def _run_converted_10T(self, folder: Path) -> dict[str, float]:
@@ -384,12 +387,17 @@ class Pipeline:
 
     @staticmethod
     def _keep(folder: Path, net: nn.Module) -> None:
-        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
+        save_weights(folder / "weights.safetensors", net)
 
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
-        net.load_state_dict(load_file(self.run_dir / stage / "weights.safetensors", device=str(self.device)))
-        return net
+        path = self.run_dir / stage / "weights.safetensors"
+        try:
+            return load_weights(path, net)
+        except CheckpointError as error:
+            log.warning("%s; the stage %s is run again", error, stage)
+        (path.parent / "result.json").unlink(missing_ok=True)
+        self._stage(stage)
+        return load_weights(path, net)
 
 
 def _nodes(snn: nn.Module) -> list[TimeLoopNode]:

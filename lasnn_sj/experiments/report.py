@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..runtime import files
 from . import scales
 from .scales import Scale
 from .tables import Row, Table
@@ -26,7 +27,7 @@ def write(
 ) -> str:
     """Write ``stem.md``, ``.csv``, ``_curves.csv``, ``_curves.png``, ``_spikes.csv``; returns the first."""
     text = markdown(name, table, scale, results, rows, device)
-    stem.with_suffix(".md").write_text(text)
+    files.write(stem.with_suffix(".md"), text)
     _write_csv(stem.with_suffix(".csv"), scale, results)
     curves = {key: r["top1_over_time"] for key, r in results.items() if "top1_over_time" in r}
     if curves:
@@ -109,21 +110,17 @@ def _mean(found: Sequence[Mapping], key: str, form: str) -> str:
 
 
 def _write_csv(path: Path, scale: Scale, results: Results) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("row", "seed", "scale", "reduced", "paper_top1", *COLUMNS))
-        for (row, seed), result in results.items():
-            settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, seed)
-            values = [result.get(column) for column in COLUMNS]
-            writer.writerow((row.name, seed, scale, settings.reduced, row.paper, *values))
+    lines = [("row", "seed", "scale", "reduced", "paper_top1", *COLUMNS)]
+    for (row, seed), result in results.items():
+        settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, seed)
+        values = [result.get(column) for column in COLUMNS]
+        lines.append((row.name, seed, scale, settings.reduced, row.paper, *values))
+    files.write_csv(path, lines)
 
 
 def _write_long(path: str, columns: tuple[str, str], lines: Mapping[tuple[Row, int], object]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("row", "seed", *columns))
-        for (row, seed), pairs in lines.items():
-            writer.writerows((row.name, seed, *pair) for pair in pairs)
+    rows = ((row.name, seed, *pair) for (row, seed), pairs in lines.items() for pair in pairs)
+    files.write_csv(Path(path), [("row", "seed", *columns), *rows])
 
 
 def _plot(path: str, title: str, results: Results, curves: Mapping[tuple[Row, int], Sequence[float]]) -> None:
@@ -151,5 +148,7 @@ def _plot(path: str, title: str, results: Results, curves: Mapping[tuple[Row, in
         axis.set(title=f"{net}, {dataset}", xlabel="time steps t", ylabel="top-1 %", xscale="log")
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    files.write(Path(path), drawn.getvalue())
     plt.close(figure)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -25,9 +22,11 @@ from ..data.encoding import PoissonEncoder
 from ..data.events import EventFrames
 from ..distillation.objectives import CrossEntropy, DefaultKD, Objective, SparseKD
 from ..neurons import accelerate
-from ..runtime import distributed, random_state
+from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
 from ..runtime.files import check_settings
+from ..runtime.locks import FolderLock
+from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.evaluation import evaluate
 from ..training.trainer import LaSNNTrainer
 
@@ -122,6 +121,8 @@ class Study:
         ValueError: the folder holds a study of another recipe, data set or way of making frames; the message
             lists what differs.
         RuntimeError: several processes under torchrun.
+
+    A row that another process works at in the same folder raises a ``LockError``.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Study:
         self.recipe, self.data, self.encoder = recipe, data, encoder
         self.run_dir, self.device = Path(run_dir), torch.device(device)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.run_dir)
         what = {"data": data.name, "train": len(data.train), "test": len(data.test), "encoder": repr(encoder)}
         what["validation"] = 0 if data.validation is None else len(data.validation)
         described = {key: value for key, value in asdict(recipe).items() if key not in ("ratios", "default")}
@@ -165,13 +167,22 @@ class Study:
     def student(self, row: str) -> nn.Module:
         """The trained network of a row."""
         net = self._build()
-        net.load_state_dict(load_file(self._folder(row) / "weights.safetensors", device=str(self.device)))
-        return net
+        path = self._folder(row) / "weights.safetensors"
+        try:
+            return load_weights(path, net)
+        except CheckpointError as error:
+            if row != "alone":  # this one can be run again here
+                raise CheckpointError(f"{error}; remove {path.parent} to run that row again") from error
+            log.warning("%s; the row %s is run again", error, row)
+        (path.parent / "result.json").unlink(missing_ok=True)
+        self._row(row, CrossEntropy())
+        return load_weights(path, net)
 
     def _sparse(self, ratio: float) -> Result:
         row = f"sparse {ratio:g}"
-        if (self._folder(row) / "result.json").exists():
-            return self._row(row, CrossEntropy())
+        result = self._done(row)
+        if result is not None:
+            return result
         teacher = prune_magnitude(self.student("alone"), ratio, self.recipe.scope)
         test = self.data.test_loader(self.recipe.batch, self.recipe.workers)
         accuracy = evaluate(teacher, test, self.encoder, device=self.device)["top1"]
@@ -180,18 +191,23 @@ class Study:
     def _row(self, row: str, objective: Objective, teacher_top1: float | None = None) -> Result:
         folder = self._folder(row)
         path = folder / "result.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        log.info("%s: %s", folder, objective)
-        with Cost(self.device) as cost:
-            result = self._train(folder, objective)
-        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
-        if teacher_top1 is not None:
-            result["teacher_top1"] = teacher_top1
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)
+        result = self._done(row)
+        if result is not None:
+            return result
+        with self._lock:
+            log.info("%s: %s", folder, objective)
+            with Cost(self.device) as cost:
+                result = self._train(folder, objective)
+            result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
+            if teacher_top1 is not None:
+                result["teacher_top1"] = teacher_top1
+            files.write_json(path, result)
         return result
+
+    def _done(self, row: str) -> Result | None:
+        folder = self._folder(row)
+        files.inside(self.run_dir, folder.name)
+        return files.read_json(folder / "result.json")
 
     def _train(self, folder: Path, objective: Objective) -> Result:
         r, net = self.recipe, self._build()
@@ -213,8 +229,7 @@ class Study:
         )
         validation = None if self.data.validation is None else held
         history = trainer.fit(train, validation, r.epochs, r.validate_every)
-        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
+        save_weights(folder / "weights.safetensors", net)
         per_epoch = statistics.median(row["seconds"] for row in history)
         return inspection.results(inspection.inspect(trainer, self.data.test_loader(r.batch, r.workers))) | {
             "seconds_per_epoch": per_epoch
@@ -273,9 +288,9 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 def write_csv(path: str | Path, runs: Mapping[int, Mapping[str, Result]]) -> None:
     """One line for each seed and row of several studies, ``runs`` by seed."""
     columns = ("seed", "row", "teacher_top1", "top1", "loss", "samples", "seconds")
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for seed, results in runs.items():
-            for row, result in results.items():
-                writer.writerow({"seed": seed, "row": row} | {k: result.get(k) for k in columns[2:]})
+    lines = [
+        (seed, row, *(result.get(name) for name in columns[2:]))
+        for seed, results in runs.items()
+        for row, result in results.items()
+    ]
+    files.write_csv(Path(path), [columns, *lines])

@@ -19,6 +19,7 @@ from ..data import images as data
 from ..data.encoding import DirectEncoder
 from ..data.images import ImageData
 from ..neurons import keep_freed_memory
+from ..runtime import files
 from ..training.evaluation import evaluate
 from . import config, pipeline, reverse
 
@@ -97,7 +98,7 @@ class Run(ABC):
         for seed, part in parts.items():
             results[seed] = self._run_part(part)
             text = self._table(results)
-            (self.run_dir / "table.md").write_text(text + "\n")
+            files.write(self.run_dir / "table.md", text + "\n")
             print(f"\n{self.title()}\n{text}")
         return results
 

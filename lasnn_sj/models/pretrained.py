@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..neurons import LIFNode, LinearSurrogate
-from ..runtime.files import write_text
+from ..runtime.files import write
 from .registry import create
 
 FORMAT = 1  # of config.json; increase it when earlier folders can no longer be read
@@ -90,14 +90,9 @@ def save_pretrained(
         raise PretrainedError(f"metrics and training must hold what JSON can: {error}") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{WEIGHTS}.part"
-    try:
-        safetensors.torch.save_file(tensors, part)
-        part.replace(folder / WEIGHTS)
-    finally:
-        part.unlink(missing_ok=True)
-    write_text(folder / CONFIG, text)
-    write_text(folder / CARD, _card(config))
+    write(folder / WEIGHTS, safetensors.torch.save(tensors))
+    write(folder / CONFIG, text)
+    write(folder / CARD, _card(config))
     return folder
 
 

@@ -5,7 +5,8 @@ Any ``nn.Module`` can be a teacher; these are the three of the LaSNN paper.
 
 from __future__ import annotations
 
-import pickle
+import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from ..runtime.files import read_regular
 from .registry import builder
+
+LARGEST = 1 << 28  # bytes of a teacher's file
 
 
 class InputNormalization(nn.Module):
@@ -120,10 +124,17 @@ def published_resnet20(path: str | Path) -> nn.Module:
     """
     net = teacher_resnet20(num_classes=10)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        data = io.BytesIO(read_regular(Path(path).resolve(), at_most=LARGEST))
+        if zipfile.is_zipfile(data):
+            with zipfile.ZipFile(data) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it holds compressed data, which no checkpoint of PyTorch does")
+            data.seek(0)
+        weights = torch.load(data, map_location="cpu", weights_only=True)["state_dict"]
         net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this ResNet-20 ({error})") from error
+    except Exception as error:  # what is damaged raises every kind
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of that ResNet-20 ({why})") from error
     return InputNormalization(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,24 @@ def from_main(value: object) -> object:
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def by_main(call: Callable[[], None]) -> None:
+    """Let process 0 do something; where it fails, all do.
+
+    Raises:
+        Exception: what ``call`` raised, in process 0.
+        RuntimeError: in the others, with the same message.
+    """
+    error = None
+    if is_main():
+        try:
+            call()
+        except Exception as own:
+            error = own
+    message = from_main(error and f"{type(error).__name__} in process 0: {error}")
+    if message is not None:
+        raise error or RuntimeError(message)
 
 
 def take_from_main(tensor: Tensor) -> None:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; a link in its place is replaced, not followed.
+PART = ".part"  # ends the names of files that are not whole yet
+LISTED = 8  # differences of settings in a message
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file as a whole or not at all, flushed to the disk.
+
+    A link, pipe or device in its place is replaced, not followed; see :func:`inside` for links above it.
+
+    Args:
+        path: in an existing folder.
+        data: bytes, or text that is written as UTF-8 with its line ends as they are.
 
     Raises:
         OSError: as ``open`` does; the file that was there is intact.
     """
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
-        with open(descriptor, "w", newline="") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(part, 0o644)
@@ -25,6 +40,40 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+    flush(path.parent)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file, flushed to the disk; made if it is not there, never through a link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, flags, 0o644), "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: object) -> None:
+    """:func:`write` a value as JSON."""
+    write(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """:func:`write` rows as CSV."""
+    write(path, as_csv(rows))
+
+
+def as_csv(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as the text of a CSV file."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows(rows)
+    return buffer.getvalue()
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process left that was killed within :func:`write`; for the folder's one writer."""
+    for part in folder.glob(f".*{PART}"):
+        if not part.is_dir() or part.is_symlink():
+            part.unlink(missing_ok=True)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -42,17 +91,28 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def check_settings(path: Path, settings: dict[str, object]) -> None:
+def check_settings(path: Path, settings: Mapping[str, object]) -> None:
     """Write the settings of a new run folder, or hold them against those it was made with.
 
     Raises:
         ValueError: they differ, the message lists how; or the file is damaged.
     """
-    settings = json.loads(json.dumps(settings))
+    there = read_settings(path)
+    if there is None:
+        write_json(path, settings)
+    else:
+        refuse_differences(path.parent, differences(there, settings))
+
+
+def read_settings(path: Path) -> dict[str, object] | None:
+    """Settings of a run folder, ``None`` in a new one.
+
+    Raises:
+        ValueError: the file is damaged, or a link that leads out of the folder.
+    """
     inside(path.parent, path.name)
     if not path.exists():
-        write_text(path, json.dumps(settings, indent=1) + "\n")
-        return
+        return None
     try:
         there = json.loads(read_regular(path, at_most=1 << 24))
         if not isinstance(there, dict):
@@ -61,16 +121,51 @@ def check_settings(path: Path, settings: dict[str, object]) -> None:
         raise ValueError(
             f"{path} cannot be read as settings ({error}); use another run folder, or delete this one"
         ) from error
-    other = [
-        f"{key}: there {there.get(key)!r}, here {settings.get(key)!r}"
-        for key in sorted(there.keys() | settings.keys())
-        if there.get(key) != settings.get(key)
-    ]
-    if other:
-        raise ValueError(
-            f"{path.parent} holds a run with other settings ({'; '.join(other)}); "
-            f"use another run folder, or delete this one"
-        )
+    return there
+
+
+def differences(there: Mapping[str, object], here: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """What differs between two mappings, nested ones too, by dotted key; ``None`` where one has nothing."""
+    found: dict[str, tuple[object, object]] = {}
+    here = json.loads(json.dumps(here))
+    for key in dict.fromkeys((*there, *here)):
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found |= {f"{key}.{inner}": pair for inner, pair in differences(one, other).items()}
+        elif one != other:
+            found[key] = one, other
+    return found
+
+
+def refuse_differences(folder: Path, found: Mapping[str, tuple[object, object]]) -> None:
+    """Raise :class:`ValueError` that lists :func:`differences`, if there are any."""
+    if not found:
+        return
+    said = [f"{key}: there {_short(one)}, here {_short(other)}" for key, (one, other) in found.items()]
+    more = f"; and {len(said) - LISTED} more" if len(said) > LISTED else ""
+    raise ValueError(
+        f"{folder} holds a run with other settings ({'; '.join(said[:LISTED])}{more}); "
+        f"use another run folder, or delete this one"
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def read_json(path: Path, at_most: int = 1 << 26) -> dict[str, object] | None:
+    """The object in a JSON file; ``None`` where there is none, or, with a warning, none that is whole."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = json.loads(read_regular(path, at_most))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s is damaged (%s) and not used", path, error)
+        return None
+    return found
 
 
 def read_regular(path: Path, at_most: int) -> bytes:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..runtime.files import flush, read_regular
+from ..runtime.files import flush, read_regular, write
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +152,28 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
     except Exception as error:  # what is damaged raises every kind
         raise CheckpointError(f"checkpoint {path} is damaged ({_short(error)})") from error
     return {name: tensor.to(device) for name, tensor in weights.items()}, state
+
+
+def save_weights(path: Path, net: nn.Module) -> None:
+    """Write a network's weights as a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; the file that was there is intact.
+    """
+    write(path, safetensors.torch.save({n: unshared(tensor) for n, tensor in net.state_dict().items()}))
+
+
+def load_weights(path: Path, net: nn.Module) -> nn.Module:
+    """Give a network the weights that :func:`save_weights` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or another network's.
+    """
+    try:
+        net.load_state_dict(safetensors.torch.load(read_regular(path, at_most=1 << 40)))
+    except Exception as error:  # what is damaged raises every kind
+        raise CheckpointError(f"weights {path} cannot be used ({_short(error)})") from error
+    return net
 
 
 def unshared(tensor: Tensor) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from ..models.readout import BatchError
+from ..runtime import files
 from .checkpoint import unshared
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,9 @@ def keep_for_inspection(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / "student.safetensors")
+        files.write(folder / "student.safetensors", save(weights))
         batch = {"images": unshared(images), "labels": unshared(labels)}
-        save_file(batch, folder / "batch.safetensors")
-        (folder / "what.json").write_text(json.dumps(what, indent=1) + "\n")
+        files.write(folder / "batch.safetensors", save(batch))
+        files.write_json(folder / "what.json", what)
     except Exception as failure:  # safetensors has errors of its own
         log.warning("%s could not be written: %s", folder, failure)

@@ -109,7 +109,7 @@ class RunFolder:
                     return there
                 head, rows = there, list(lines)
         new = [name for name in names if name not in head]
-        files.write_text(path, _csv([head + new, *(row + [""] * len(new) for row in rows)]))
+        files.write(path, _csv([head + new, *(row + [""] * len(new) for row in rows)]))
         return head + new
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class RunFolder:
                 kept = [
                     row for row in rows if len(row) == len(head) and row[0].isdigit() and int(row[0]) <= step
                 ]
-                files.write_text(path, _csv([head, *kept] if head else []))
+                files.write(path, _csv([head, *kept] if head else []))
             self.write_history(history)
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
@@ -139,7 +139,7 @@ class RunFolder:
             return
         columns = list(dict.fromkeys(itertools.chain.from_iterable(history)))
         rows = [[row.get(column, "") for column in columns] for row in history]
-        files.write_text(self.path / "metrics.csv", _csv([columns, *rows]))
+        files.write(self.path / "metrics.csv", _csv([columns, *rows]))
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> str:

@@ -5,7 +5,10 @@ import csv
 import html
 import io
 import json
+import os
 import shutil
+import tracemalloc
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -561,3 +564,43 @@ def test_a_browser_draws_all_of_it(finished, page, tmp_path, width, scheme):
         assert text == {"light": "rgb(27, 39, 51)", "dark": "rgb(230, 235, 240)"}[scheme]
     finally:
         chromium.close()
+
+
+@pytest.mark.parametrize("what", ["pictures", "page"])
+def test_nothing_is_written_through_a_link(inspected, tmp_path, undrawn, what):
+    run, outside = make_run(tmp_path / "run", inspected), tmp_path / "outside"
+    if what == "pictures":
+        outside.mkdir()
+        (run / "report_pictures").symlink_to(outside)
+        with pytest.raises(ValueError, match="report_pictures is a link to .*outside"):
+            report(run)
+        assert not list(outside.iterdir())
+    else:
+        outside.write_text("precious")
+        (run / "report.html").symlink_to(outside)
+        report(run)
+        assert outside.read_text() == "precious"
+
+
+def test_pipes_and_archives_that_unpack_to_too_much_are_named(inspected, tmp_path, undrawn):
+    """A pipe would be waited for; a few kilobytes would take 257 MiB."""
+    run = make_run(tmp_path / "run", inspected)
+    for name in ("metrics.csv", "settings.json"):
+        (run / "hybrid" / name).unlink()
+        os.mkfifo(run / "hybrid" / name)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": (257 * 2**20,)}
+    )
+    with zipfile.ZipFile(run / "lasnn" / "inspection.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("inputs.npy", "w") as file:
+            file.write(head.getvalue())
+            for _ in range(257):
+                file.write(bytes(2**20))
+    tracemalloc.start()
+    page = report(run).read_text()
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+    for name in ("hybrid/metrics.csv", "hybrid/settings.json"):
+        assert f"{name} cannot be read" in page
+    assert "lasnn/inspection.npz is damaged in inputs" in page

@@ -258,6 +258,16 @@ def test_many_events_at_one_pixel_are_all_counted(root):
             assert part[item][0][0, 1, 6, 5] == n
 
 
+def test_times_that_64_bits_cannot_divide_are_refused():
+    """They used to come out below zero, in frame 0."""
+    fields = [(name, np.int64) for name in "txyp"]
+    rows = np.array([(0, 0, 0, 0), (2**60, 1, 0, 1)], fields)
+    with pytest.raises(ValueError, match="too far apart for 16 frames"):
+        to_frames(rows, (2, 2), Framing(T=16, by="time"))
+    rows["t"][1] = 2**58
+    assert to_frames(rows, (2, 2), Framing(T=16, by="time"))[-1].sum() == 1
+
+
 def test_denoising_drops_the_lonely_event(root):
     """Three neighbours within 10 ms stay, an event alone in space and one alone in time go."""
     rows = [(10, 10, 0, 100), (11, 10, 0, 101), (10, 11, 1, 102), (90, 90, 0, 150), (11, 11, 0, 250)]
@@ -282,6 +292,7 @@ def test_events_out_of_order_are_sorted(root):
     (np.zeros((0, 4), int), r"user02_led/4.npy has no events; remove it or unpack it again"),
     (np.array([[128, 0, 0, 0]]), r"4.npy has events with x from 128 to 128, off the sensor's 0 to 127"),
     (np.array([[0, 0, 0, 0], [0, -1, 0, 0]]), "has events with y from -1 to 0, off the sensor"),
+    (np.array([[0, 0, 0, 0], [1, 1, 0, 2**60]]), r"4.npy has events at .* microseconds, centuries away"),
     (np.zeros((3, 2), int), r"user02_led/4.npy cannot be read \(IndexError: .*unpack it again"),
     (b"\x93NUMPY\x01", "user02_led/4.npy cannot be read .* unpack it again"),
     ("lonely", "no events left after denoise_us=1.0; a larger value"),

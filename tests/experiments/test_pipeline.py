@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lasnn_sj import models
 from lasnn_sj.data import images as data
 from lasnn_sj.experiments.pipeline import STAGES, Pipeline, Recipe, table
 from lasnn_sj.neurons import LIFNode
+from lasnn_sj.runtime import FolderLock, LockError
 from lasnn_sj.runtime.cost import Cost
 from lasnn_sj.training.evaluation import device_of, evaluate
 
@@ -236,3 +238,49 @@ def test_several_processes_are_refused(digits, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="Pipeline writes its run folder from one process"):
         Pipeline(TINY, digits, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", ["result.json", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b'{"top1": 4'])
+def test_a_stage_whose_files_are_cut_is_run_again(finished, digits, tmp_path, caplog, file, content):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    path = folder / "start" / file
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    pipeline = Pipeline(TINY, digits, folder)
+    result = pipeline.run(["start"])["start"]
+    assert pipeline.student("start") is not None
+    assert result["top1"] == finished[1]["start"]["top1"]
+    assert str(path) in caplog.text
+    if file.startswith("weights"):
+        assert path.read_bytes() == whole
+
+
+def test_a_stage_is_not_run_where_another_process_works(finished, digits, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    with FolderLock(folder):
+        assert tuple(Pipeline(TINY, digits, folder).run()) == STAGES  # reading needs no lock
+        (folder / "start" / "result.json").unlink()
+        with pytest.raises(LockError, match="in use by process"):
+            Pipeline(TINY, digits, folder).run()
+
+
+@pytest.mark.parametrize("what", ["start", "start/thresholds.json", "start/weights.safetensors"])
+def test_nothing_is_written_through_a_link(finished, digits, tmp_path, what):
+    folder, outside = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "outside"
+    (folder / "start" / "result.json").unlink()
+    if what == "start":
+        shutil.rmtree(folder / what)
+        outside.mkdir()
+    else:
+        (folder / what).unlink(missing_ok=True)
+        outside.write_text("precious")
+    (folder / what).symlink_to(outside)
+    pipeline = Pipeline(TINY, digits, folder)
+    if what == "start":
+        with pytest.raises(ValueError, match="outside the run folder"):
+            pipeline.run(["start"])
+        assert not list(outside.iterdir())
+    else:
+        pipeline.run(["start"])
+        assert outside.read_text() == "precious"

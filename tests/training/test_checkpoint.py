@@ -253,7 +253,7 @@ def test_a_link_out_of_the_run_folder_is_refused(tmp_path):
 def test_a_text_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     (tmp_path / "precious").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "precious")
-    files.write_text(tmp_path / "link", "new")
+    files.write(tmp_path / "link", "new")
     assert (tmp_path / "precious").read_text() == "old"
     assert (tmp_path / "link").read_text() == "new"
     assert not (tmp_path / "link").is_symlink()

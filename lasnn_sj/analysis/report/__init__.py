@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...runtime import files
 from . import page, reading
 from .charts import COLOURS, Picture
 from .maps import maps as maps_of
@@ -34,7 +35,7 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
 
     Raises:
         NotADirectoryError: a path that is no folder.
-        ValueError: no folder at all, or a folder as ``out``.
+        ValueError: no folder at all, a folder as ``out``, or pictures' folder that is a link elsewhere.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
     if not folders:
@@ -70,16 +71,14 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.parent / f"{out.stem}_pictures"
-    files = {picture.name: picture.png for picture in _all(accuracy, curves, timing, layers)}
-    files |= {tiles.sheet_name: tiles.sheet for tiles in maps}
-    if files:
-        beside.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (beside / f"{name}.png").write_bytes(data)
-    part = out.with_name(out.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="replace")
-    part.replace(out)
-    log.info("report of %d runs: %s, %d pictures in %s", len(runs), out, len(files), beside)
+    pictures = {picture.name: picture.png for picture in _all(accuracy, curves, timing, layers)}
+    pictures |= {tiles.sheet_name: tiles.sheet for tiles in maps}
+    if pictures:
+        files.inside(out.parent, beside.name).mkdir(exist_ok=True)
+    for name, data in pictures.items():
+        files.write(beside / f"{name}.png", data)
+    files.write(out, text.encode(errors="replace"))
+    log.info("report of %d runs: %s, %d pictures in %s", len(runs), out, len(pictures), beside)
     return out
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from ...data.archives import ArchiveError, read_npz
+from ...runtime.files import read_regular
+
+LARGEST = 1 << 28  # bytes of a file, and of an array in it
 FORMAT = 1  # of inspection.json that this understands
 FILES = ("settings.json", "metrics.csv", "result.json", "thresholds.json", "inspection.json",
          "weights.safetensors")  # fmt: skip
@@ -192,6 +194,7 @@ def _read_part(path: Path, run: Path, stage: bool, notes: list[str]) -> Part:
     part = Part(path, path.name)
     for name in ("settings", "result", "thresholds", "inspection"):
         setattr(part, name, _json(path / f"{name}.json", notes, run))
+    part.settings.pop("fingerprint", None)
     part.metrics = _rows(path / "metrics.csv", "epoch", notes, run)
     if len(part.metrics) < 2:  # else the epochs say enough
         part.steps = _rows(path / "steps.csv", "step", notes, run)
@@ -291,17 +294,14 @@ def _arrays(path: Path, notes: list[str], run: Path) -> dict[str, np.ndarray]:
         return {}
     found, damaged = {}, []
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for key in arrays.files:
-                try:
-                    found[key] = arrays[key]
-                except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
-                    damaged.append(key)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+        _, names = read_npz(path, [])
+        for key in names:
+            try:
+                found |= read_npz(path, [key], at_most=LARGEST)[0]
+            except ArchiveError:
+                damaged.append(key)
+    except (OSError, ArchiveError) as error:
         notes.append(f"{name} is damaged: {error}")
-        return {}
-    except AttributeError:  # a single array has neither names nor an end
-        notes.append(f"{name} is damaged: it holds no named arrays")
         return {}
     if damaged:
         notes.append(f"{name} is damaged in {', '.join(damaged)}")
@@ -331,8 +331,8 @@ def _text(path: Path, notes: list[str], run: Path | None = None) -> str | None:
     if not path.exists():
         return None
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path.resolve(), at_most=LARGEST).decode()
+    except (OSError, ValueError) as error:
         notes.append(f"{path.relative_to(run) if run else path} cannot be read: {error}")
         return None
 

@@ -1,0 +1,208 @@
+"""A lock on a folder: one writer at a time, on one machine or on a file system that several share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+NAME = "run.lock"
+BEAT = 15.0  # seconds between signs of life
+STALE = 120.0  # seconds without one; above the minute for which NFS may show an old time of change
+
+
+class LockError(RuntimeError):
+    """A folder that another process writes to; the message says which, and since when."""
+
+
+class FolderLock:
+    """Hold a folder for writing, inside ``with FolderLock(folder)``; reading needs no lock.
+
+    One object may be entered again while it is held.
+
+    The lock is the file ``run.lock``, made with ``O_EXCL`` (atomic on NFS too). It names host, process and
+    start, and its time of change is renewed every 15 seconds. A lock is stale when its process is gone or,
+    on another machine, gave no sign of life for two minutes, which is waited for; a stale lock is taken
+    over with a warning.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        LockError: another process holds the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._own: dict[str, object] | None = None
+        self._depth = 0
+
+    def __enter__(self) -> FolderLock:
+        if self._depth == 0:
+            self._acquire()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth or self._own["pid"] != os.getpid():  # a fork of the holder
+            return
+        self._ended.set()
+        own, self._own = self._own, None
+        if (_read(self.path) or {}).get("token") == own["token"]:
+            self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise :class:`LockError` if the folder is not held any more, as after a long suspension."""
+        if self._own is None:
+            return
+        there = _read(self.path)
+        if there is None or there.get("token") != self._own["token"]:
+            who = "nobody" if there is None else f"process {there.get('pid')} on {there.get('host')}"
+            raise LockError(
+                f"the lock {self.path} of this process is gone, {who} has it now; nothing is written there"
+            )
+
+    def _acquire(self) -> None:
+        own = _place() | {
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "token": uuid.uuid4().hex,
+        }
+        while not self._create(own):
+            owner = _read(self.path)
+            if owner is None:
+                continue  # released meanwhile
+            who = "a process that its lock does not name"
+            if owner.keys() >= {"pid", "host", "since"}:
+                who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+            stale = self._is_stale(owner, who)
+            if stale is None:
+                continue
+            if not stale:
+                raise LockError(
+                    f"{self.path.parent} is in use by {who}"
+                    + (", which is this very process" if owner.get("pid") == os.getpid() else "")
+                    + f"; wait for its end, or use another run folder. ({self.path} is its lock)"
+                )
+            if self._remove(owner):
+                log.warning(
+                    "%s was in use by %s, which is gone; its lock is taken over", self.path.parent, who
+                )
+        self._own = own
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(self._ended,), name="run lock", daemon=True).start()
+
+    def _create(self, own: Mapping[str, object]) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+                raise LockError(f"{self.path} is no file, as a lock would be; remove it") from None
+            return False
+        try:
+            with open(descriptor, "w") as file:
+                json.dump(own, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _is_stale(self, owner: Mapping[str, object], who: str) -> bool | None:
+        """Whether its holder is gone; ``None`` where the lock itself changed hands meanwhile."""
+        if {name: owner.get(name) for name in _place()} == _place() and isinstance(owner.get("pid"), int):
+            return not _alive(owner["pid"], owner.get("started"))
+        log.warning(
+            "%s is in use by %s; waiting for a sign of life, %g s at most", self.path.parent, who, STALE
+        )
+        first, end = owner["beat"], time.monotonic() + STALE
+        while time.monotonic() < end:
+            time.sleep(min(1.0, BEAT / 4))
+            now = _read(self.path)
+            if now is None or now.get("token") != owner.get("token"):
+                return None
+            if now["beat"] != first:
+                return False
+        return True
+
+    def _remove(self, owner: Mapping[str, object]) -> bool:
+        """Take a stale lock away; of several that try, one renames it."""
+        aside = self.path.with_name(f".{NAME}.{uuid.uuid4().hex}.part")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return False
+        mine = (_read(aside) or {}).get("token") == owner.get("token")
+        if not mine:  # somebody was quicker, and this is that one's new lock
+            try:
+                os.link(aside, self.path)
+            except OSError:  # a third has it; the second finds out by check()
+                pass
+        aside.unlink(missing_ok=True)
+        return mine
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(BEAT):
+            try:
+                os.utime(self.path)
+            except OSError:  # gone: check() says so
+                pass
+
+
+def _read(path: Path) -> dict[str, object] | None:
+    """What a lock says, with its time of change as ``beat``; ``None`` where there is none."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            beat, said = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
+    except FileNotFoundError:
+        return None
+    try:
+        owner = json.loads(said)
+    except ValueError:  # cut off as it was written
+        owner = None
+    return (owner if isinstance(owner, dict) else {}) | {"beat": beat}
+
+
+def _place() -> dict[str, object]:
+    """Where a process number means one process: host, its boot, and the container's numbering."""
+    boot = namespace = None
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        pass
+    return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
+
+
+def _alive(pid: int, started: object) -> bool:
+    try:
+        if pid < 1:
+            return False
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    now = _started(pid)
+    return now != "ended" and (now is None or started is None or now == started)
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; ``None`` where nobody says, ``"ended"`` of a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "ended" if fields[0] in "ZX" else fields[19]
