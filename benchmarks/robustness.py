@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -29,9 +30,12 @@ from torch.utils.data import DataLoader
 
 from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.data import images as data
+from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.checkpoint import CheckpointError
 
 K, SIDE = 4, 8
+
+OPTIONS = {one.name for one in dataclasses.fields(TrainingOptions)}
 
 
 class Crops(torch.utils.data.Dataset):
@@ -65,7 +69,8 @@ def make_trainer(folder: Path | None, **arguments) -> LaSNNTrainer:
         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7),
         run_dir=folder,
         seed=0,
-        **arguments,
+        options=TrainingOptions(**{name: value for name, value in arguments.items() if name in OPTIONS}),
+        **{name: value for name, value in arguments.items() if name not in OPTIONS},
     )
 
 
@@ -86,7 +91,7 @@ class Report(Callback):
     def __init__(self, pipe: int) -> None:
         self.pipe = pipe
 
-    def on_step(self, step: int, parts: dict) -> None:
+    def on_step(self, trainer: Trainer, parts: dict) -> None:
         os.write(self.pipe, b".")
 
 
@@ -241,7 +246,7 @@ class Meter(Callback):
         self.mib: list[float] = []
         self.at: list[float] = []
 
-    def on_step(self, step: int, parts: dict) -> None:
+    def on_step(self, trainer: Trainer, parts: dict) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.mib.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
         self.at.append(time.perf_counter())

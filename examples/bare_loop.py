@@ -16,9 +16,14 @@ from your_own_model import spiking_net
 
 from lasnn_sj import DirectEncoder, models
 from lasnn_sj.data import images as data
-from lasnn_sj.distillation import taps
-from lasnn_sj.distillation.attention import activation_map
-from lasnn_sj.distillation.objectives import attention_loss
+from lasnn_sj.distillation import (
+    StudentTaps,
+    TeacherTaps,
+    activation_map,
+    attention_loss,
+    choose_pairs,
+    weight_at,
+)
 from lasnn_sj.neurons import accelerate
 from lasnn_sj.training.evaluation import evaluate
 
@@ -40,10 +45,10 @@ def distil(student: nn.Module, teacher: nn.Module, encoder: nn.Module, loader, e
     """Train the student by Eq. 7-8; returns each epoch's mean attention loss."""
     optimizer = torch.optim.Adam(student.parameters(), lr=2e-3)
     images, _ = next(iter(loader))
-    pairs = taps.choose_pairs(student, teacher, encoder(images[:2]), images[:2])
+    pairs = choose_pairs(student, teacher, encoder(images[:2]), images[:2])
     print(*pairs, sep="\n")
-    student_taps = taps.StudentTaps(student, [pair.student for pair in pairs], "firing_rate")
-    teacher_taps = taps.TeacherTaps(teacher, [pair.teacher for pair in pairs])
+    student_taps = StudentTaps(student, [(pair.student, "firing_rate") for pair in pairs])
+    teacher_taps = TeacherTaps(teacher, [pair.teacher for pair in pairs])
     history = []
     for epoch in range(1, epochs + 1):
         student.train()
@@ -54,11 +59,15 @@ def distil(student: nn.Module, teacher: nn.Module, encoder: nn.Module, loader, e
             # what the loss needs
             with teacher_taps, torch.no_grad():
                 teacher(images)
-            student_maps = [activation_map(rate) for rate in student_taps.collect()]
-            teacher_maps = [activation_map(a, size=p.size) for a, p in zip(teacher_taps.collect(), pairs)]
+            student_maps = [activation_map(rate, power=1) for rate in student_taps.collect()]
+            activations = teacher_taps.collect()
+            teacher_maps = [activation_map(activations[p.teacher], size=p.size) for p in pairs]
             attention = attention_loss(teacher_maps, student_maps)
             # end
-            loss = F.cross_entropy(scores, labels) + ALPHA / 2 * attention
+            loss = (
+                F.cross_entropy(scores, labels)
+                + ALPHA * weight_at("linear", epoch - 1, epochs) / 2 * attention
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

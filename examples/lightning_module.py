@@ -18,9 +18,7 @@ from your_own_model import spiking_net
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, models
 from lasnn_sj.data import images as data
-from lasnn_sj.distillation import taps
-from lasnn_sj.distillation.attention import activation_map
-from lasnn_sj.distillation.objectives import attention_loss
+from lasnn_sj.distillation import StudentTaps, TeacherTaps, activation_map, attention_loss, choose_pairs
 from lasnn_sj.neurons import accelerate
 
 
@@ -41,9 +39,9 @@ class Distillation(lightning.LightningModule):
         super().__init__()
         self.student, self.teacher, self.encoder, self.alpha = student, teacher, encoder, alpha
         teacher.eval().requires_grad_(False)
-        self.pairs = taps.choose_pairs(student, teacher, encoder(example), example)
-        self.student_taps = taps.StudentTaps(student, [pair.student for pair in self.pairs], "firing_rate")
-        self.teacher_taps = taps.TeacherTaps(teacher, [pair.teacher for pair in self.pairs])
+        self.pairs = choose_pairs(student, teacher, encoder(example), example)
+        self.student_taps = StudentTaps(student, [(pair.student, "firing_rate") for pair in self.pairs])
+        self.teacher_taps = TeacherTaps(teacher, [pair.teacher for pair in self.pairs])
 
     def train(self, mode: bool = True) -> "Distillation":
         """Lightning switches the whole module; the teacher's batch norms stay as they are."""
@@ -62,10 +60,9 @@ class Distillation(lightning.LightningModule):
             scores = self(images)
         with self.teacher_taps, torch.no_grad():
             self.teacher(images)
-        student_maps = [activation_map(rate) for rate in self.student_taps.collect()]
-        teacher_maps = [
-            activation_map(a, size=pair.size) for a, pair in zip(self.teacher_taps.collect(), self.pairs)
-        ]
+        student_maps = [activation_map(rate, power=1) for rate in self.student_taps.collect()]
+        activations = self.teacher_taps.collect()
+        teacher_maps = [activation_map(activations[pair.teacher], size=pair.size) for pair in self.pairs]
         parts = {
             "ce": F.cross_entropy(scores, labels),
             "attention": self.alpha / 2 * attention_loss(teacher_maps, student_maps),
@@ -88,7 +85,7 @@ def main(epochs: int = 4, images: int | None = None) -> dict[str, float]:
     train_loader, test_loader = digits.loaders(batch_size=32)
     teacher = models.teacher_resnet20(num_classes=10, in_channels=1, width=0.5)
     adam = torch.optim.Adam(teacher.parameters(), lr=3e-3)
-    LaSNNTrainer(teacher, attention=None, optimizer=adam).fit(train_loader, epochs=epochs)
+    LaSNNTrainer(teacher, optimizer=adam).fit(train_loader, epochs=epochs)
     student = accelerate(spiking_net(num_classes=10))
     module = Distillation(student, teacher, DirectEncoder(T=4), next(iter(test_loader))[0][:2])
     trainer = lightning.Trainer(

@@ -21,6 +21,7 @@ import torch
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, models
 from lasnn_sj.data import images as data
+from lasnn_sj.training import TrainingOptions
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
         run_dir=a.run_dir,
         device=a.device,
         seed=0,
-        checkpoint_every=a.checkpoint_every,
+        options=TrainingOptions(checkpoint_every=a.checkpoint_every),
     )
     trainer.fit(train_loader, test_loader, epochs=a.epochs)
     result = trainer.evaluate(test_loader)  # all processes together, each image once

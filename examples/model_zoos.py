@@ -61,7 +61,7 @@ def main(
 
     teacher = timm.create_model(teacher_name, pretrained=pretrained, num_classes=10, in_chans=1)
     adam = torch.optim.Adam(teacher.parameters(), lr=2e-3)
-    LaSNNTrainer(teacher, attention=None, optimizer=adam).fit(train_loader, epochs=2 * epochs)
+    LaSNNTrainer(teacher, optimizer=adam).fit(train_loader, epochs=2 * epochs)
 
     student = parametric_lif_net.MNISTNet(
         channels=16, spiking_neuron=neuron.IFNode, surrogate_function=surrogate.ATan(), detach_reset=True

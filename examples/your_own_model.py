@@ -48,7 +48,7 @@ def main() -> None:
     train_loader, test_loader = digits.loaders(batch_size=32)
 
     teacher = torchvision_teacher(digits.num_classes)
-    LaSNNTrainer(teacher, attention=None).fit(train_loader, epochs=2)
+    LaSNNTrainer(teacher).fit(train_loader, epochs=2)
     print(f"teacher: {evaluate(teacher, test_loader)['top1']:.2f} %")
 
     student = spiking_net(digits.num_classes)

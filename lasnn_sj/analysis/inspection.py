@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -23,13 +23,21 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from ..data import events
-from ..distillation import taps
-from ..distillation.teaching import Distillation
+from ..distillation import (
+    Attention,
+    Look,
+    Signals,
+    StudentTaps,
+    TapError,
+    TeacherForward,
+    choose_layers,
+)
+from ..distillation.pairs import LEVELS, Pair
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..neurons import backend
 from ..runtime import distributed, files, random_state
 from ..training.evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
-from ..training.trainer import LaSNNTrainer
+from ..training.trainer import Trainer
 from .energy import COST, count_operations
 from .spikes import spike_statistics
 
@@ -41,7 +49,7 @@ PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "numba", "tonic", "
             "cupy-cuda13x")  # fmt: skip
 
 
-def inspect(trainer: LaSNNTrainer, loader: Iterable, *, examples: int = 8, samples: int = 2000) -> Path:
+def inspect(trainer: Trainer, loader: Iterable, *, examples: int = 8, samples: int = 2000) -> Path:
     """Write the results of a trained student into its run folder, for the report and for TensorBoard.
 
     See :func:`inspect_student`, to which the trainer's networks, encoder and settings are given. The
@@ -62,9 +70,9 @@ def inspect(trainer: LaSNNTrainer, loader: Iterable, *, examples: int = 8, sampl
     if trainer.run_dir is None:
         raise ValueError("inspect writes into the run folder; give the trainer a run_dir")
     path = inspect_student(
-        trainer.student, trainer.teacher, trainer._names, loader, trainer.encoder, trainer.run_dir,
-        attention=trainer.attention or "activation", readout=trainer.readout, examples=examples,
-        samples=samples, device=trainer.device, seed=trainer.seed,
+        trainer.student, trainer.teacher, loader, trainer.encoder, trainer.run_dir,
+        attention=next((one for one in trainer.members if isinstance(one, Attention)), None),
+        readout=trainer.readout, examples=examples, samples=samples, device=trainer.device, seed=trainer.seed,
     )  # fmt: skip
     if distributed.is_main():
         _show(trainer.run_dir / "tensorboard", trainer.settings(), path)
@@ -74,12 +82,11 @@ def inspect(trainer: LaSNNTrainer, loader: Iterable, *, examples: int = 8, sampl
 def inspect_student(
     student: nn.Module,
     teacher: nn.Module | None,
-    pairs: Sequence[tuple[str, str]] | None,
     loader: Iterable,
     encoder: nn.Module | None,
     run_dir: str | Path,
     *,
-    attention: Literal["activation", "gradient"] = "activation",
+    attention: Attention | None = None,
     readout: Literal["auto", "last", "mean"] = "auto",
     examples: int = 8,
     samples: int = 2000,
@@ -100,11 +107,10 @@ def inspect_student(
     Args:
         student: spiking network in multi-step mode.
         teacher: images to logits; without one there are only the student's maps.
-        pairs: ``(student module, teacher module)`` of each level; chosen as in training if not given.
         loader: test batches ``(images, labels)``, gone through about three times.
         encoder: gives the student's input its time axis; ``None`` for event frames ``[T, N, ...]``.
         run_dir: made if it is not there.
-        attention: which maps.
+        attention: the objective whose maps and pairs are shown; activation attention if not given.
         readout: as for :class:`~lasnn_sj.LaSNNTrainer`.
         examples: samples whose maps are kept; half of them wrong ones, as far as there are.
         samples: how many samples spikes are counted and examples are sought in.
@@ -137,19 +143,20 @@ def inspect_student(
         with _kept_as_they_were(student, teacher, encoder), torch.no_grad():
             encoded = small if encoder is None else encoder(small)
             outputs = student(encoded)
-        every_step, classes = outputs.dim() == 3, outputs.shape[-1]
+        every_step = outputs.dim() == 3
         with _kept_as_they_were(student, teacher, encoder):  # the codes that an evaluation by itself draws
             operations = count_operations(student, loader, encoder, samples=COUNTED, device=device)
         result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step)
         seen = spike_statistics(student, loader, encoder, samples=samples, device=device)
-        distillation = Distillation(student, teacher, attention, True, False, pairs, chunked=False)
+        given = attention is not None and attention.pairs is not None
+        # A copy of its own: the trainer's may not have chosen its pairs yet.
+        shown = replace(attention or Attention(), levels=LEVELS)
+        maps = _Maps(student, teacher, shown)
         try:
-            tapped, levels, missing = _tap(distillation, encoded, small, axis, pairs is not None, classes)
-            chosen, arrays = _examples(
-                distillation, tapped, levels, loader, encoder, readout, examples, samples, device
-            )
+            levels, missing = maps.prepare(encoded, small, axis, outputs, given)
+            chosen, arrays = _examples(maps, levels, loader, encoder, readout, examples, samples, device)
         finally:
-            distillation.close()
+            maps.close()
     modules = dict(student.named_modules())
     found = {
         "format": FORMAT,
@@ -183,7 +190,7 @@ def inspect_student(
             "pj_per_synop": COST.e_ac_pj,
             "pj_per_mac": COST.e_mac_pj,
         },
-        "attention": attention,
+        "attention": shown.kind,
         "levels": levels,
         "examples": chosen,
         "missing": missing,
@@ -297,36 +304,64 @@ def _kept_as_they_were(
             generator.set_state(state)
 
 
-def _tap(
-    distillation: Distillation, encoded: Tensor, images: Tensor, axis: int, given: bool, classes: int
-) -> tuple[taps.StudentTaps | None, list[dict[str, str | None]], str | None]:
-    """The student's taps, the layers whose maps are shown, and why some maps are missing."""
-    student, missing = distillation.student, None
-    encoded, images = encoded[:, :2], images.narrow(axis, 0, min(2, images.shape[axis]))
-    if distillation.teacher is not None:
+class _Maps:
+    """Attention maps of student and teacher at each level."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, attention: Attention) -> None:
+        self.student, self.teacher, self.attention = student, teacher, attention
+        self.taps: StudentTaps | None = None
+        self.of_teacher: TeacherForward | None = None
+
+    def prepare(
+        self, encoded: Tensor, images: Tensor, axis: int, outputs: Tensor, given: bool
+    ) -> tuple[list[dict[str, str | None]], str | None]:
+        """Set the taps; the layers whose maps are shown, and why some maps are missing."""
+        encoded, images = encoded[:, :2], images.narrow(axis, 0, min(2, images.shape[axis]))
+        missing = None
+        if self.teacher is not None:
+            look = Look(self.student, self.teacher, encoded, images, outputs, outputs.shape[-1])
+            try:
+                needs = self.attention.prepare(look)
+                self.taps = StudentTaps(self.student, needs.student)
+                self.of_teacher = TeacherForward(self.teacher, needs)
+                pairs = self.attention.chosen
+                return [{"student": pair.student, "teacher": pair.teacher} for pair in pairs], None
+            except (ValueError, RuntimeError) as error:
+                if given:
+                    raise
+                # a teacher of scores alone may take other input than images, or have no feature maps
+                missing = f"no attention maps of the teacher: {error}"
         try:
-            distillation.set_taps(encoded, images, classes)
-            levels = [{"student": pair.student, "teacher": pair.teacher} for pair in distillation.pairs]
-            return distillation.student_taps, levels, None
-        except (ValueError, RuntimeError) as error:
-            if given:
-                raise
-            distillation.pairs = None
-            # a teacher of scores alone may take other input than images, or have no feature maps
-            missing = f"no attention maps of the teacher: {error}"
-    try:
-        names = taps.choose_layers(student, encoded)
-    except taps.TapError as error:
-        return None, [], f"no attention maps: {error}"
-    what = "activation_map" if distillation.by_gradient else "firing_rate"
-    distillation.student_taps = taps.StudentTaps(student, names, what)
-    return distillation.student_taps, [{"student": name, "teacher": None} for name in names], missing
+            names = choose_layers(self.student, encoded)
+        except TapError as error:
+            return [], f"no attention maps: {error}"
+        self.taps = StudentTaps(self.student, [(name, self.attention.reading) for name in names])
+        # The maps of a student alone; the pairs have no teacher.
+        self.attention.chosen = [Pair(name, "", (0, 0), (0, 0)) for name in names]
+        return [{"student": name, "teacher": None} for name in names], missing
+
+    def of_student(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The student's output, and its maps ``[N, H, W]``."""
+        with self.taps or nullcontext():
+            outputs = self.student(inputs)
+            read = self.taps.collect() if self.taps else []
+        functional.reset_net(self.student)
+        if not self.taps:
+            return outputs, []
+        signals = Signals(outputs, outputs, student=dict(zip(self.taps.wanted, read)))
+        maps = self.attention.student_maps(signals)
+        return outputs, [m.view(len(m), *a.shape[-2:]).cpu() for m, a in zip(maps, read)]
+
+    def close(self) -> None:
+        """Remove the taps."""
+        for tap in (self.taps, self.of_teacher):
+            if tap is not None:
+                tap.close()
 
 
 @torch.no_grad()
 def _examples(
-    distillation: Distillation,
-    tapped: taps.StudentTaps | None,
+    maps_of: _Maps,
     levels: Sequence[dict[str, str | None]],
     loader: Iterable,
     encoder: nn.Module | None,
@@ -342,11 +377,7 @@ def _examples(
         images, labels = check_batch(batch, f"inspection batch {index}")
         axis = batch_axis(images, labels)
         images = images.to(device)
-        with tapped or nullcontext():
-            outputs = distillation.student(images if encoder is None else encoder(images))
-            read = tapped.collect() if tapped else []
-        functional.reset_net(distillation.student)
-        maps = [m.view(len(m), *a.shape[-2:]).cpu() for m, a in zip(distillation.student_maps(read), read)]
+        outputs, maps = maps_of.of_student(images if encoder is None else encoder(images))
         guesses = class_scores(outputs, len(labels), readout).argmax(1).tolist()
         for n, (label, guess) in enumerate(zip(labels.tolist(), guesses)):
             kind = kinds[label == guess]
@@ -362,12 +393,14 @@ def _examples(
     arrays = {"inputs": _pictures(inputs, axis)}
     for number in range(len(levels)):
         arrays[f"student_{number}"] = torch.stack([maps[number] for _, _, maps in chosen]).float().numpy()
-    if distillation.pairs:
+    if maps_of.of_teacher:
         labels = torch.tensor([about["label"] for about in abouts], device=device)
-        logits, maps = distillation.ask_teacher(inputs, labels)
-        for about, guess in zip(abouts, logits.argmax(1).tolist()):
+        signals = Signals(labels, labels)
+        maps_of.of_teacher(inputs, labels, signals)
+        for about, guess in zip(abouts, signals.teacher_logits.argmax(1).tolist()):
             about["teacher"] = guess
-        for number, (found, pair) in enumerate(zip(maps, distillation.pairs)):
+        pairs = maps_of.attention.chosen
+        for number, (found, pair) in enumerate(zip(maps_of.attention.teacher_maps(signals), pairs)):
             arrays[f"teacher_{number}"] = found.view(-1, *pair.size).float().cpu().numpy()
     return abouts, arrays
 

@@ -22,7 +22,7 @@ from ..conversion.calibration import calibrate
 from ..conversion.convert import balance_thresholds, convert
 from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..data.images import ImageData
-from ..distillation.objectives import CrossEntropy, LabelKD, Objective, SpikeKD
+from ..distillation import Attention, CrossEntropy, LabelKD, Objective, SpikeKD
 from ..neurons import LinearSurrogate, TimeLoopNode
 from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
@@ -30,7 +30,7 @@ from ..runtime.files import check_settings
 from ..runtime.locks import FolderLock
 from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.evaluation import evaluate
-from ..training.trainer import LaSNNTrainer
+from ..training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class Pipeline:
 
     The stages are those of :data:`STAGES`, which :meth:`run` runs by itself, and the baselines
     ``"calibrated"`` (:func:`~lasnn_sj.conversion.calibration.calibrate`, at the recipe's ``T``),
-    ``"label_kd"`` (:class:`~lasnn_sj.distillation.objectives.LabelKD`) and ``"spike_kd"``
-    (:class:`~lasnn_sj.distillation.objectives.SpikeKD`), which have to be named.
+    ``"label_kd"`` (:class:`~lasnn_sj.distillation.LabelKD`) and ``"spike_kd"``
+    (:class:`~lasnn_sj.distillation.SpikeKD`), which have to be named.
 
     Raises:
         ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
@@ -304,25 +304,23 @@ class Pipeline:
         return self._train_snn(folder, SpikeKD(self._snn_teacher))
 
     def _run_lasnn(self, folder: Path) -> dict[str, float]:
-        return self._train_snn(folder, CrossEntropy(), self.teacher(), self.recipe.attention)
+        objective = CrossEntropy() + Attention(self.recipe.attention, alpha=self.recipe.alpha)
+        return self._train_snn(folder, objective, self.teacher())
 
     def _train_snn(
         self,
         folder: Path,
         objective: Objective,
         teacher: nn.Module | None = None,
-        attention: str | None = None,
     ) -> dict[str, float]:
         r = self.recipe
         snn = self.student("start")
         train, validation = self._training(r.batch)
-        trainer = LaSNNTrainer(
+        trainer = Trainer(
             snn,
-            teacher,
+            objective,
+            teacher=teacher,
             encoder=self.encoder(),
-            attention=attention,
-            alpha=r.alpha,
-            objective=objective,
             optimizer=Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay),
             run_dir=folder,
             device=self.device,
@@ -354,8 +352,8 @@ class Pipeline:
         train, validation = self._training(batch)
         optimizer = SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         scheduler = MultiStepLR(optimizer, [round(epochs * part) for part in (0.6, 0.8, 0.9)])
-        trainer = LaSNNTrainer(
-            net, attention=None, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
+        trainer = Trainer(
+            net, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
             seed=self.recipe.seed,
         )  # fmt: skip
         history = trainer.fit(train, validation, epochs, self.recipe.validate_every)

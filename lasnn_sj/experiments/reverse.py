@@ -20,7 +20,7 @@ from ..analysis import inspection
 from ..conversion.pruning import prune_magnitude
 from ..data.encoding import PoissonEncoder
 from ..data.events import EventFrames
-from ..distillation.objectives import CrossEntropy, DefaultKD, Objective, SparseKD
+from ..distillation import CrossEntropy, DefaultKD, Objective, SparseKD
 from ..neurons import accelerate
 from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
@@ -28,7 +28,7 @@ from ..runtime.files import check_settings
 from ..runtime.locks import FolderLock
 from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.evaluation import evaluate
-from ..training.trainer import LaSNNTrainer
+from ..training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -216,11 +216,10 @@ class Study:
             optimizer = SGD(net.parameters(), lr=r.lr, momentum=0.9, weight_decay=r.weight_decay)
         else:
             optimizer = Adam(net.parameters(), lr=r.lr, weight_decay=r.weight_decay)
-        trainer = LaSNNTrainer(
+        trainer = Trainer(
             net,
+            objective,
             encoder=self.encoder,
-            attention=None,
-            objective=objective,
             optimizer=optimizer,
             scheduler=CosineAnnealingLR(optimizer, r.epochs),
             run_dir=folder,

@@ -5,7 +5,8 @@ from .callbacks import Callback, TensorBoard
 from .checkpoint import CheckpointError
 from .evaluation import accuracy_over_time, evaluate
 from .nonfinite import NonFiniteError
-from .trainer import LaSNNTrainer
+from .options import TrainingOptions
+from .trainer import LaSNNTrainer, Trainer
 
 __all__ = [
     "BatchError",
@@ -14,6 +15,8 @@ __all__ = [
     "LaSNNTrainer",
     "NonFiniteError",
     "TensorBoard",
+    "Trainer",
+    "TrainingOptions",
     "accuracy_over_time",
     "evaluate",
 ]

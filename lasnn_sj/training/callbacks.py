@@ -1,16 +1,17 @@
-"""What else is to happen while a trainer trains."""
+"""Callbacks of a trainer."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 
-class Trained(Protocol):
-    """What a callback may read of the trainer; see :class:`~lasnn_sj.LaSNNTrainer`."""
+class TrainerView(Protocol):
+    """Attributes of the trainer that a callback may rely on; see :class:`~lasnn_sj.training.Trainer`."""
 
     history: list[dict[str, float]]
     step: int
@@ -20,9 +21,9 @@ class Trained(Protocol):
 
 
 class Callback:
-    """Told by :class:`~lasnn_sj.LaSNNTrainer` how training goes; override what you need.
+    """Base class for trainer callbacks. Override the hooks you need.
 
-    Of several processes only the one of rank 0 calls. Weights & Biases, for example:
+    Of several processes only the one of rank 0 calls them. Weights & Biases, for example:
 
     .. code-block:: python
 
@@ -30,26 +31,29 @@ class Callback:
             def on_fit_start(self, trainer):
                 self.run = wandb.init(config=trainer.settings(), id=trainer.run_dir.name, resume="allow")
 
-            def on_epoch(self, row):
+            def on_epoch(self, trainer, row):
                 self.run.log(row)
     """
 
-    def on_fit_start(self, trainer: Trained) -> None:
-        """Training begins or goes on; ``trainer.history`` holds the epochs done, ``trainer.step`` counts."""
+    def on_fit_start(self, trainer: TrainerView) -> None:
+        """Called when training begins or resumes; ``trainer.history`` holds the epochs done."""
 
-    def on_step(self, step: int, parts: dict[str, Tensor]) -> None:
-        """After optimiser step number ``step`` (from 1 on).
+    def on_step(self, trainer: TrainerView, parts: Mapping[str, Tensor]) -> None:
+        """Called after each optimiser step, the ``trainer.step``-th of the run (from 1 on).
 
         Args:
-            step: steps of this run done, those before a restart included.
+            trainer: the trainer.
             parts: scalars of the loss, on the training device; ``.item()`` waits for it.
         """
 
-    def on_epoch(self, row: dict[str, float]) -> None:
-        """After an epoch and its validation, before its checkpoint; ``row`` as ``fit`` returns it."""
+    def on_validation(self, trainer: TrainerView, result: Mapping[str, float]) -> None:
+        """Called after a validation pass with its ``loss``, ``top1`` and ``samples``."""
 
-    def on_fit_end(self) -> None:
-        """:meth:`fit` ends, by an error too."""
+    def on_epoch(self, trainer: TrainerView, row: Mapping[str, float]) -> None:
+        """Called after an epoch and its validation, before its checkpoint; ``row`` as ``fit`` returns it."""
+
+    def on_fit_end(self, trainer: TrainerView) -> None:
+        """Called when ``fit`` ends, by an error too."""
 
 
 class TensorBoard(Callback):
@@ -62,18 +66,18 @@ class TensorBoard(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_fit_start(self, trainer: Trained) -> None:
+    def on_fit_start(self, trainer: TrainerView) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
 
         self._writer = SummaryWriter(str(self.folder), purge_step=len(trainer.history) + 1)
         settings = json.dumps(trainer.settings(), indent=1)
         self._writer.add_text("settings", "    " + settings.replace("\n", "\n    "))
 
-    def on_epoch(self, row: dict[str, float]) -> None:
+    def on_epoch(self, trainer: TrainerView, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, row["epoch"])
         self._writer.flush()
 
-    def on_fit_end(self) -> None:
+    def on_fit_end(self, trainer: TrainerView) -> None:
         self._writer.close()

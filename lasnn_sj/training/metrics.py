@@ -24,11 +24,18 @@ class EpochMetrics:
         self.correct = MulticlassAccuracy(num_classes, average="micro", **_LOCAL).to(device)
         self.correct.persistent(True)
 
-    def update(self, parts: dict[str, Tensor], scores: Tensor, labels: Tensor) -> None:
-        """A step's parts of the loss, class scores ``[N, K]`` and labels ``[N]``."""
+    def update(
+        self,
+        parts: dict[str, Tensor],
+        scores: Tensor,
+        labels: Tensor,
+        logged: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add a step's parts of the loss, class scores ``[N, K]``, labels ``[N]`` and logged numbers."""
         self.correct.update(scores, labels)
         loss = {"loss": sum(parts.values())}
-        for name, part in (loss | parts | loss).items():  # first, and the sum even where a part is called so
+        # The loss comes first, and is the sum even where a part has its name.
+        for name, part in (loss | parts | (logged or {}) | loss).items():
             self._loss(name).update(part, len(labels))
 
     def compute(self, together: bool = True) -> dict[str, float]:

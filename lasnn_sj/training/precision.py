@@ -1,4 +1,4 @@
-"""Numbers of a training step: which precision, and the update from finite gradients only."""
+"""Mixed precision, gradient clipping and the optimiser's step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .nonfinite import NonFiniteError, last_gradient
+from .options import DTYPES, TrainingOptions
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-class Precision:
-    """Autocast, the scaling of float16's gradients, clipping, and the optimiser's step.
+class MixedPrecision:
+    """Autocast, gradient scaling of float16, gradient clipping, and the optimiser's step.
 
     Args:
         name: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: where training runs.
-        clip_norm: longest gradient (L2 over all parameters), or ``None``.
+        options: their ``clip_norm`` is read at each step.
     """
 
-    def __init__(self, name: str, device: torch.device, clip_norm: float | None) -> None:
-        self.dtype, self.device, self.clip_norm = DTYPES[name], device, clip_norm
+    def __init__(self, name: str, device: torch.device, options: TrainingOptions) -> None:
+        self.dtype, self.device, self.options = DTYPES[name], device, options
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
@@ -50,8 +49,8 @@ class Precision:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if math.isfinite(norm.item()):
-            if self.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            if self.options.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.options.clip_norm, norm)
         elif not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
             layer = last_gradient(student)
             raise NonFiniteError(f"the gradient is not finite, first in {layer}", layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,7 @@ class Progress:
     Args:
         student, optimizer, scheduler, scaler: whose states belong to it.
         device: where training runs.
+        others: further modules that are trained, by name.
 
     Attributes:
         step: optimiser steps done.
@@ -63,8 +64,10 @@ class Progress:
         scheduler: LRScheduler | None,
         scaler: torch.amp.GradScaler,
         device: torch.device,
+        others: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.student, self.optimizer, self.scheduler = student, optimizer, scheduler
+        self.others = dict(others or {})
         self.scaler, self.device = scaler, device
         self.step, self.epoch = 0, None
         self.history: list[dict[str, float]] = []
@@ -122,6 +125,8 @@ class Progress:
             "scaler": self.scaler.state_dict(),
             "epoch": None,
         }
+        if self.others:
+            state["others"] = {name: module.state_dict() for name, module in self.others.items()}
         if epoch is not None:
             state["epoch"] = {
                 name: getattr(epoch, name) for name in ("number", "position", "skipped", "seconds")
@@ -166,6 +171,11 @@ class Progress:
             raise ValueError(
                 f"its run had {'a' if self.scheduler is None else 'no'} scheduler, unlike this one"
             )
+        saved = state.get("others", {})
+        if saved.keys() != self.others.keys():
+            raise ValueError(f"its objective has weights {sorted(saved)}, this one {sorted(self.others)}")
+        for name, module in self.others.items():
+            module.load_state_dict(saved[name])
         self.student.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

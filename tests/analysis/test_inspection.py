@@ -15,7 +15,7 @@ from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.analysis.energy import count_operations
 from lasnn_sj.analysis.inspection import environment, inspect, inspect_student
 from lasnn_sj.analysis.spikes import spike_statistics
-from lasnn_sj.distillation.attention import activation_map, spike_activation_map
+from lasnn_sj.distillation import Attention, activation_map, spike_activation_map
 from lasnn_sj.distillation.taps import TapError
 from lasnn_sj.models.readout import BatchError
 from lasnn_sj.training.evaluation import evaluate
@@ -51,7 +51,7 @@ def read(folder):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder, net = tmp_path_factory.mktemp("run"), student()
-    path = inspect_student(net, teacher(), None, batches(), DirectEncoder(T), folder, seed=3, examples=6)
+    path = inspect_student(net, teacher(), batches(), DirectEncoder(T), folder, seed=3, examples=6)
     assert path == folder / "inspection.json"
     return net, *read(folder)
 
@@ -111,7 +111,7 @@ def test_examples_are_right_and_wrong_ones_with_both_networks_maps(seen):
     assert len(found["levels"]) == 3
     for number in range(3):
         rate, activation = seen_spikes[number].mean(0), activations[number]
-        expected = activation_map(rate).view(-1, *rate.shape[-2:])
+        expected = activation_map(rate, power=1).view(-1, *rate.shape[-2:])
         np.testing.assert_allclose(arrays[f"student_{number}"], expected, atol=1e-6)
         expected = activation_map(activation).view(-1, *activation.shape[-2:])
         np.testing.assert_allclose(arrays[f"teacher_{number}"], expected, atol=1e-6)
@@ -122,7 +122,7 @@ def test_examples_are_right_and_wrong_ones_with_both_networks_maps(seen):
 def test_gradient_maps(tmp_path):
     net = student()
     inspect_student(
-        net, teacher(), None, batches(), DirectEncoder(T), tmp_path, attention="gradient", examples=2
+        net, teacher(), batches(), DirectEncoder(T), tmp_path, attention=Attention("gradient"), examples=2
     )
     found, arrays = read(tmp_path)
     images = torch.stack([batches().dataset[e["index"]][0] for e in found["examples"]])
@@ -145,7 +145,7 @@ def test_looking_changes_nothing(part_of_another, tmp_path):
     net, the_teacher = student().train(), teacher()
     net.features[1].eval()
     torch.manual_seed(11)
-    inspect_student(net, the_teacher, None, batches(), encoder, tmp_path)
+    inspect_student(net, the_teacher, batches(), encoder, tmp_path)
     after = torch.rand(3), torch.rand(3, generator=own)
     torch.manual_seed(11)
     assert torch.equal(after[0], torch.rand(3))
@@ -166,7 +166,7 @@ def test_event_frames_and_no_teacher(tmp_path):
         layer.Flatten(), layer.Linear(4 * 4 * 4, K),
     )  # fmt: skip
     functional.set_step_mode(net, "m")
-    inspect_student(net, None, None, [(frames, torch.arange(6) % K)], None, tmp_path, examples=4)
+    inspect_student(net, None, [(frames, torch.arange(6) % K)], None, tmp_path, examples=4)
     found, arrays = read(tmp_path)
     assert found["levels"] == [{"student": "1", "teacher": None}]
     assert sorted(arrays) == ["inputs", "student_0"]
@@ -181,7 +181,7 @@ def test_event_frames_and_no_teacher(tmp_path):
 def test_a_student_without_feature_maps_has_the_rest(tmp_path):
     net = nn.Sequential(layer.Flatten(), layer.Linear(3, 8), neuron.IFNode(), layer.Linear(8, K))
     functional.set_step_mode(net, "m")
-    inspect_student(net, None, None, batches(shape=(3, 1, 1)), DirectEncoder(T), tmp_path)
+    inspect_student(net, None, batches(shape=(3, 1, 1)), DirectEncoder(T), tmp_path)
     found, arrays = read(tmp_path)
     assert found["levels"] == []
     assert "has no spiking layer with a feature map" in found["missing"]
@@ -195,7 +195,7 @@ def test_features_instead_of_images(tmp_path, encoder):
     functional.set_step_mode(net, "m")
     x = torch.rand(6, 5) * 2 - 1
     batch = (x if encoder else x.expand(T, 6, 5), torch.arange(6) % K)
-    inspect_student(net, None, None, [batch], encoder, tmp_path, examples=4)
+    inspect_student(net, None, [batch], encoder, tmp_path, examples=4)
     found, arrays = read(tmp_path)
     assert (found["T"], found["samples"], len(found["examples"])) == (T, 6, 4)
     assert arrays["inputs"].shape == (4, 1, 5, 3)
@@ -211,7 +211,7 @@ def test_scores_without_steps_and_a_teacher_without_maps(tmp_path):
             return self.net(x)[-1]
 
     scorer = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, K))
-    inspect_student(Whole(), scorer, None, batches(), DirectEncoder(T), tmp_path)
+    inspect_student(Whole(), scorer, batches(), DirectEncoder(T), tmp_path)
     found, _ = read(tmp_path)
     assert found["top1_over_time"] is None
     assert found["top1"] is not None
@@ -230,7 +230,7 @@ def test_the_trainer_looks_with_its_own_parts(tmp_path):
     assert (found["seed"], found["attention"]) == (7, "activation")
     trainer.fit(batches(), epochs=1)  # looking at a fresh run does not stand in its way
     with pytest.raises(ValueError, match="give the trainer a run_dir"):
-        inspect(LaSNNTrainer(student(), attention=None, encoder=DirectEncoder(T)), batches())
+        inspect(LaSNNTrainer(student(), encoder=DirectEncoder(T)), batches())
 
 
 def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tmp_path):
@@ -245,7 +245,7 @@ def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tm
     assert set(written.Tags()["images"]) == levels | {"inspection/input"}
     summary = written.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"DirectEncoder(T=4)" in summary
-    assert b"alpha" in summary
+    assert b"Attention()" in summary
 
 
 @pytest.mark.parametrize(
@@ -254,11 +254,15 @@ def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tm
         ({"loader": []}, BatchError, "gave no batch"),
         ({"examples": 0}, ValueError, "examples must be at least 1, got 0"),
         ({"encoder": None}, ValueError, r"give an encoder for images \(24, 3, 16, 16\)"),
-        ({"pairs": [("features.9", "layer1")]}, TapError, "student tap 'features.9' matches no module"),
+        (
+            {"attention": Attention(pairs=[("features.9", "layer1")])},
+            TapError,
+            "student tap 'features.9' matches no module",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message, tmp_path):
-    arguments = {"pairs": None, "loader": batches(), "encoder": DirectEncoder(T)} | change
+    arguments = {"loader": batches(), "encoder": DirectEncoder(T)} | change
     with pytest.raises(error, match=message):
         inspect_student(student(), teacher(), run_dir=tmp_path, **arguments)
 

@@ -98,7 +98,7 @@ def inspected(tmp_path_factory):
         if hasattr(module, "v_threshold"):
             module.v_threshold = 0.2
     batches = [(torch.rand(16, 3, 16, 16) * 2 - 1, torch.arange(16) % K)]
-    inspect_student(student, teacher.eval(), None, batches, DirectEncoder(T), folder, examples=4, seed=5)
+    inspect_student(student, teacher.eval(), batches, DirectEncoder(T), folder, examples=4, seed=5)
     return folder
 
 

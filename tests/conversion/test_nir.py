@@ -91,7 +91,7 @@ def trained(digits):
     net = accelerate(small_net(lif, layer.AvgPool2d(2)))
     train, test = digits.loaders(64)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
-    trainer = LaSNNTrainer(net, attention=None, encoder=DirectEncoder(T), optimizer=optimizer, seed=0)
+    trainer = LaSNNTrainer(net, encoder=DirectEncoder(T), optimizer=optimizer, seed=0)
     trainer.fit(train, epochs=2)
     images, labels = next(iter(test))
     scores = outputs_of(net, images).mean(0)

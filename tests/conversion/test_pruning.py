@@ -124,11 +124,11 @@ def test_masked_weights_stay_0_in_training(made_before):
 
     optimizer = sgd() if made_before else None
     if made_before:  # momentum that would move masked weights
-        LaSNNTrainer(net, attention=None, optimizer=optimizer).train_step(x, y)
+        LaSNNTrainer(net, optimizer=optimizer).train_step(x, y)
     prune_magnitude(net, 0.5)
     masked = torch.cat([m.weight_mask.flatten() == 0 for m in net.modules() if hasattr(m, "weight_mask")])
     before = effective(net)
-    trainer = LaSNNTrainer(net, attention=None, optimizer=optimizer or sgd())
+    trainer = LaSNNTrainer(net, optimizer=optimizer or sgd())
     net.train()
     for _ in range(100):
         trainer.train_step(x, y)
@@ -160,7 +160,7 @@ def test_masks_survive_a_trainers_checkpoint(tmp_path):
     batches = [(torch.randn(2, 8, 1, 8, 8), torch.arange(8) % 4)]
     nets = [prune_magnitude(small_net(), 0.4), prune_magnitude(small_net(seed=1), 0.0)]
     for net, epochs in zip(nets, (1, 2)):  # the second goes on from the first's checkpoint
-        LaSNNTrainer(net, attention=None, run_dir=tmp_path, seed=0).fit(batches, epochs=epochs)
+        LaSNNTrainer(net, run_dir=tmp_path, seed=0).fit(batches, epochs=epochs)
         assert sparsity(net).total == pytest.approx(0.4, abs=1e-3)
 
 

@@ -510,7 +510,7 @@ def test_a_small_net_learns_real_gestures(tmp_path):
     functional.set_step_mode(net, "m")
     train, test = data.loaders(10)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    trainer = LaSNNTrainer(net, attention=None, optimizer=optimizer, seed=0)
+    trainer = LaSNNTrainer(net, optimizer=optimizer, seed=0)
     trainer.fit(train, epochs=5)
     assert trainer.evaluate(test)["top1"] > 50
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lasnn_sj.distillation.objectives import CrossEntropy, Signals, SpikeKD, attention_loss
+from lasnn_sj.distillation import CrossEntropy, Signals, SpikeKD, attention_loss
 from lasnn_sj.neurons import IntegratorNode
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.conversion.pruning import prune_magnitude, sparsity
 from lasnn_sj.data.images import Loaders
-from lasnn_sj.distillation.objectives import DefaultKD, LabelKD, Signals, SparseKD, default_kd, sparse_kd
+from lasnn_sj.distillation import DefaultKD, LabelKD, Signals, SparseKD, default_kd, sparse_kd
 from lasnn_sj.experiments import reverse
 
 K = 4
@@ -235,7 +235,7 @@ def test_sparse_kd_teaches_with_the_pruned_teachers_mean_output():
         net.train()
         z = copy.deepcopy(net)(encoded).mean(0)
     functional.reset_net(teacher)
-    parts, _ = trainer_for(net, objective=SparseKD(teacher, 3.0, 0.7)).train_step(x, y)
+    parts = trainer_for(net, objective=SparseKD(teacher, 3.0, 0.7)).train_step(x, y).parts
     torch.testing.assert_close(sum(parts.values()), sparse_kd(z, v, y, 3.0, 0.7))
     torch.testing.assert_close(parts["ce"], 0.3 * F.cross_entropy(z, y))
 
@@ -294,10 +294,10 @@ def test_one_trainer_trains_with_any_objective_alone_or_with_attention(objective
 
 
 def test_label_kd_needs_a_teacher_and_sparse_kd_takes_none():
-    with pytest.raises(ValueError, match="LabelKD needs a teacher"):
-        LaSNNTrainer(student(), attention=None, objective=LabelKD())
-    with pytest.raises(ValueError, match="DefaultKD makes no use of a teacher"):
-        LaSNNTrainer(student(), nn.Identity(), attention=None, objective=DefaultKD())
+    with pytest.raises(ValueError, match=r"objective LabelKD\(\) needs a teacher"):
+        LaSNNTrainer(student(), objective=LabelKD())
+    with pytest.raises(ValueError, match=r"objective DefaultKD\(\) makes no use of the teacher"):
+        LaSNNTrainer(student(), nn.Identity(), objective=DefaultKD())
 
 
 @pytest.mark.parametrize("n", [4, 3])
@@ -305,7 +305,7 @@ def test_batches_that_have_their_time_axis_already(n):
     """[T, N, C, H, W] with T = N too; a NaN is named by its sample, not its step."""
     net = student(in_channels=2)
     frames, labels = torch.rand(4, n, 2, 8, 8), torch.arange(n) % K
-    trainer = LaSNNTrainer(net, attention=None, objective=DefaultKD())
+    trainer = LaSNNTrainer(net, objective=DefaultKD())
     assert len(trainer.fit([(frames, labels)], epochs=1)) == 1
     frames[3, 1] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinity, in samples \[1\]"):
@@ -330,7 +330,7 @@ def test_a_study_has_all_rows_and_skips_those_it_has(tmp_path, monkeypatch):
     assert all(result["samples"] == 16 for result in results.values())  # the test images, not the 10
     assert "val_top1" in (tmp_path / "alone" / "metrics.csv").read_text()
     assert sparsity(study.student("sparse 0.5")).zeros == 0  # the teacher is pruned, the student is not
-    monkeypatch.setattr(reverse, "LaSNNTrainer", None)
+    monkeypatch.setattr(reverse, "Trainer", None)
     again = reverse.Study(RECIPE, Pictures(), tmp_path, DirectEncoder(2))
     assert again.run() == results
 
@@ -338,14 +338,14 @@ def test_a_study_has_all_rows_and_skips_those_it_has(tmp_path, monkeypatch):
 def test_a_row_that_was_cut_off_goes_on_to_the_same_result(tmp_path, monkeypatch):
     whole = reverse.Study(RECIPE, Pictures(), tmp_path / "whole", DirectEncoder(2)).run()
 
-    class Cut(reverse.LaSNNTrainer):
+    class Cut(reverse.Trainer):
         def fit(self, train_loader, val_loader=None, epochs=100, validate_every=1):
             super().fit(train_loader, val_loader, epochs=1)
             raise KeyboardInterrupt
 
     for _ in range(4):  # each row is cut once
         cut = reverse.Study(RECIPE, Pictures(), tmp_path / "cut", DirectEncoder(2))
-        monkeypatch.setattr(reverse, "LaSNNTrainer", Cut)
+        monkeypatch.setattr(reverse, "Trainer", Cut)
         with pytest.raises(KeyboardInterrupt):
             cut.run()
     monkeypatch.undo()

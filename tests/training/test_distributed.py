@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from options import with_options
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, models
-from lasnn_sj.distillation.objectives import CrossEntropy
+from lasnn_sj.distillation import CrossEntropy
 from lasnn_sj.runtime import distributed
 from lasnn_sj.training.dataloader import TrainingBatches
 from lasnn_sj.training.evaluation import evaluate
@@ -83,7 +84,7 @@ def make(folder=None, attention="activation", **arguments):
     teacher = models.teacher_resnet20(K, in_channels=1, width=0.125).eval()
     return LaSNNTrainer(
         student, teacher, encoder=DirectEncoder(4), attention=attention, run_dir=folder, seed=0,
-        optimizer=torch.optim.SGD(student.parameters(), lr=0.05), **arguments,
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.05), **with_options(arguments),
     )  # fmt: skip
 
 
@@ -235,8 +236,8 @@ def test_a_resumed_run_of_two_processes(tmp_path):
         pass
 
     class StopAt(Callback):
-        def on_step(self, step, parts):
-            if step == 5:
+        def on_step(self, trainer, parts):
+            if trainer.step == 5:
                 raise Stop
 
     def run(rank):

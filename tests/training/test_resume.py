@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lasnn_sj import Callback
-from lasnn_sj.distillation.objectives import CrossEntropy
+from lasnn_sj.distillation import CrossEntropy
 from lasnn_sj.training.checkpoint import CheckpointError
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "robustness.py"
@@ -42,8 +42,8 @@ class StopAt(Callback):
     def __init__(self, step, action=None):
         self.at, self.action = step, action
 
-    def on_step(self, step, parts):
-        if step == self.at:
+    def on_step(self, trainer, parts):
+        if trainer.step == self.at:
             if self.action is None:
                 raise Stop
             self.action()
@@ -120,7 +120,7 @@ def test_a_signal_behind_the_last_step_is_not_forgotten(tmp_path):
     """It comes as the last epoch is validated: that is finished and saved, and fit does not return."""
 
     class Interrupt(Callback):
-        def on_epoch(self, row):
+        def on_epoch(self, trainer, row):
             if row["epoch"] == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -224,13 +224,13 @@ class Told(Callback):
     def on_fit_start(self, trainer):
         self.calls.append(("start", len(trainer.history), trainer.step))
 
-    def on_step(self, step, parts):
-        self.calls.append(("step", step, sorted(parts)))
+    def on_step(self, trainer, parts):
+        self.calls.append(("step", trainer.step, sorted(parts)))
 
-    def on_epoch(self, row):
+    def on_epoch(self, trainer, row):
         self.calls.append(("epoch", row["epoch"]))
 
-    def on_fit_end(self):
+    def on_fit_end(self, trainer):
         self.calls.append(("end",))
 
 

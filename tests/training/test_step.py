@@ -4,16 +4,18 @@ import json
 
 import pytest
 import torch
+from options import with_options
 from safetensors.torch import load_file
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, PoissonEncoder, models
-from lasnn_sj.distillation.objectives import CrossEntropy
+from lasnn_sj import Callback, DirectEncoder, PoissonEncoder, models
+from lasnn_sj.distillation import Attention, CrossEntropy, Sum
 from lasnn_sj.distillation.taps import ChunkTaps, StudentTaps
 from lasnn_sj.models.readout import BatchError
 from lasnn_sj.neurons import LIFNode
+from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.forward import StudentForward
 from lasnn_sj.training.nonfinite import NonFiniteError
 
@@ -43,16 +45,20 @@ def stock_student():
 
 
 def make(
-    student="paper", attention="activation", dropout=0.2, code="poisson", run_dir=None, steps=T, **arguments
-):
+    student="paper", attention="activation", dropout=0.2, code="poisson", run_dir=None, steps=T,
+    alpha=0.9, through_trace=False, objective=None, **arguments
+):  # fmt: skip
     torch.manual_seed(0)
     net = paper_student(dropout) if student == "paper" else stock_student()
     teacher = models.teacher_resnet20(K, in_channels=1, width=0.125).eval()
     poisson = PoissonEncoder(steps, torch.Generator().manual_seed(1))
-    return LaSNNTrainer(
-        net, teacher if attention else None, attention=attention,
+    objective = CrossEntropy() if objective is None else objective
+    if attention:
+        objective = Sum((objective, Attention(attention, alpha=alpha, through_trace=through_trace)))
+    return Trainer(
+        net, objective, teacher=teacher if attention else None,
         encoder=poisson if code == "poisson" else DirectEncoder(steps), run_dir=run_dir, seed=0,
-        optimizer=torch.optim.SGD(net.parameters(), lr=1.0), **arguments,
+        optimizer=torch.optim.SGD(net.parameters(), lr=1.0), **with_options(arguments),
     )  # fmt: skip
 
 
@@ -60,9 +66,9 @@ def step(**arguments):
     """Parts of the loss and gradients of one step from the same weights and random numbers."""
     trainer = make(**arguments)
     torch.manual_seed(7)
-    parts, scores = trainer.train_step(X, Y)
+    result = trainer.train_step(X, Y)
     gradients = {name: p.grad.clone() for name, p in trainer.student.named_parameters()}
-    return parts, gradients, scores
+    return result.parts, gradients, result.scores
 
 
 def close(one, other, tolerance):
@@ -97,7 +103,7 @@ def test_pieces_of_time_that_forgot_the_state_would_be_seen():
     whole = step(code="direct", attention=None)
     trainer = make(code="direct", attention=None, steps=T // 2)
     torch.manual_seed(7)
-    _, scores = trainer.train_step(X, Y)
+    scores = trainer.train_step(X, Y).scores
     assert (scores - whole[2]).norm() > 0.1 * whole[2].norm()
 
 
@@ -134,7 +140,8 @@ def test_half_precision_has_the_losses_of_float32(precision, tolerance, attentio
     one = step(attention=attention)
     trainer = make(attention=attention, precision=precision)
     torch.manual_seed(7)
-    parts, scores = trainer.train_step(X, Y)
+    result = trainer.train_step(X, Y)
+    parts, scores = result.parts, result.scores
     for name, part in one[0].items():
         assert parts[name].item() == pytest.approx(part.item(), rel=tolerance)
     assert scores.dtype == torch.float32
@@ -150,8 +157,8 @@ def test_maps_of_pieces_are_float32_in_half_precision(through_trace):
     student = nn.Sequential(node)
     maps = []
     for make_taps, chunks in (
-        (lambda: StudentTaps(student, ["0"], "activation_map", through_trace), 1),
-        (lambda: ChunkTaps(student, ["0"], through_trace), 3),
+        (lambda: StudentTaps(student, [("0", "activation_map")], through_trace), 1),
+        (lambda: ChunkTaps(student, [("0", "activation_map")], through_trace), 3),
     ):
         with torch.autocast("cpu", torch.bfloat16):
             forward = StudentForward(Scores(student), make_taps(), chunks)
@@ -189,14 +196,14 @@ def test_float16_finds_its_scale_and_keeps_it_over_a_restart(tmp_path):
     """At a scale of 2^60 the first gradients overflow: no step, half the scale, until they fit."""
     loader = DataLoader(TensorDataset(X, Y), 6)
     trainer = make(precision="float16", run_dir=tmp_path)
-    trainer._numbers.scaler = trainer._progress.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    trainer.mixed_precision.scaler = trainer.progress.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     before = trainer.student.output.weight.clone()
     trainer.fit(loader, epochs=1)
     assert torch.equal(before, trainer.student.output.weight)
-    assert trainer._numbers.scaler.get_scale() == 2.0**23
+    assert trainer.mixed_precision.scaler.get_scale() == 2.0**23
     again = make(precision="float16", run_dir=tmp_path)
     again.fit(loader, epochs=2)
-    assert again._numbers.scaler.get_scale() in (2.0**22, 2.0**23)
+    assert again.mixed_precision.scaler.get_scale() in (2.0**22, 2.0**23)
 
 
 @pytest.mark.slow
@@ -222,8 +229,8 @@ def test_compiled_steps_are_those_of_plain_ones(arguments, tolerance):
 
 def test_switches_that_do_not_go_together():
     with pytest.raises(ValueError, match=r"time_chunks cannot be used with batch norm \(1\)"):
-        LaSNNTrainer(
-            nn.Sequential(layer.Conv2d(1, 2, 3), layer.BatchNorm2d(2)), attention=None, time_chunks=2
+        Trainer(
+            nn.Sequential(layer.Conv2d(1, 2, 3), layer.BatchNorm2d(2)), options=TrainingOptions(time_chunks=2)
         )
     with pytest.raises(ValueError, match="time_chunks must be at most the T = 12 time steps, got 13"):
         make(time_chunks=13).train_step(X, Y)
@@ -231,7 +238,7 @@ def test_switches_that_do_not_go_together():
     with pytest.raises(
         ValueError, match=r"needs a student that gives \[T, N, K\], Sequential gives \(3, 4\)"
     ):
-        LaSNNTrainer(flat, attention=None, time_chunks=2).train_step(X, Y)
+        Trainer(flat, options=TrainingOptions(time_chunks=2)).train_step(X, Y)
     for name, value in {
         "accumulate": 0,
         "time_chunks": 1.5,
@@ -279,7 +286,7 @@ def test_a_step_that_is_not_finite_stops_and_is_kept(tmp_path, what):
     weights = []
 
     class Weights(Callback):
-        def on_step(self, step, parts):
+        def on_step(self, trainer, parts):
             weights.append({n: t.clone() for n, t in trainer.student.state_dict().items()})
 
     trainer.callbacks.append(Weights())
@@ -312,7 +319,7 @@ def test_batch_norm_forgets_a_step_that_was_left_out():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, K))
     spoiled = X.clone()
     spoiled[2:4] = 3e38  # finite, but not what the linear layer makes of it
-    trainer = LaSNNTrainer(net, attention=None, on_nonfinite="skip")
+    trainer = Trainer(net, options=TrainingOptions(on_nonfinite="skip"))
     history = trainer.fit(DataLoader(TensorDataset(spoiled, Y), 2), epochs=1)
     assert history[0]["skipped"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())

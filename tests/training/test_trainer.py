@@ -10,10 +10,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
-from lasnn_sj.distillation.attention import activation_map, gradient_map, spike_activation_map
-from lasnn_sj.distillation.objectives import CrossEntropy, attention_loss
+from lasnn_sj.distillation import (
+    CrossEntropy,
+    activation_map,
+    attention_loss,
+    gradient_map,
+    spike_activation_map,
+)
 from lasnn_sj.distillation.taps import TapError
 from lasnn_sj.models.readout import BatchError, class_scores
+from lasnn_sj.training import TrainingOptions
 from lasnn_sj.training.checkpoint import CheckpointError
 from lasnn_sj.training.evaluation import evaluate
 
@@ -89,10 +95,10 @@ def test_the_loss_of_a_step_is_eq_8():
     functional.reset_net(student)
     for hook in hooks:
         hook.remove()
-    parts, _ = trainer.train_step(x, y)
+    parts = trainer.train_step(x, y).parts
     expected = attention_loss(
         [activation_map(activations[t]) for _, t in names],
-        [activation_map(spikes[s].mean(0)) for s, _ in names],
+        [activation_map(spikes[s].mean(0), power=1) for s, _ in names],
     )
     torch.testing.assert_close(parts["ce"], nn.functional.cross_entropy(potentials[-1], y))
     torch.testing.assert_close(parts["attention"], 0.3 * expected)
@@ -103,7 +109,9 @@ def test_the_loss_reported_is_the_sum_whatever_its_parts_are_called(tmp_path):
         def __call__(self, signals):
             return {"loss": super().__call__(signals)["ce"]}
 
-    trainer = trainer_for(small_student(), small_teacher(), tmp_path, objective=Named(), alpha=10.0)
+    trainer = trainer_for(
+        small_student(), small_teacher(), tmp_path, objective=Named(), attention="activation", alpha=10.0
+    )
     (row,) = trainer.fit(loader(8), epochs=1)
     assert row["loss"] > row["attention"] > 1
     (step,) = csv.DictReader(open(tmp_path / "steps.csv"))
@@ -115,8 +123,9 @@ def test_an_objectives_part_is_not_replaced_by_the_attention():
         def __call__(self, signals):
             return {"attention": super().__call__(signals)["ce"]}
 
-    with pytest.raises(ValueError, match="Named names a part of its loss 'attention', as the trainer does"):
-        trainer_for(small_student(), small_teacher(), objective=Named()).fit(loader(8), epochs=1)
+    trainer = trainer_for(small_student(), small_teacher(), objective=Named(), attention="activation")
+    with pytest.raises(ValueError, match=r"two objectives of Named\(.*\) give a part named 'attention'"):
+        trainer.fit(loader(8), epochs=1)
 
 
 def test_loss_and_accuracy_are_means_over_samples():
@@ -124,7 +133,7 @@ def test_loss_and_accuracy_are_means_over_samples():
     student = small_student(dropout=0.0)
     optimizer = torch.optim.SGD(student.parameters(), 0.0)
     trainer = LaSNNTrainer(
-        student, attention=None, encoder=DirectEncoder(3), optimizer=optimizer, accumulate=3
+        student, encoder=DirectEncoder(3), optimizer=optimizer, options=TrainingOptions(accumulate=3)
     )
     (row,) = trainer.fit(loader(20, 7), epochs=1)
     expected = trainer.evaluate(loader(20, 20))
@@ -144,7 +153,7 @@ def test_gradient_attention_of_a_step_is_eq_13():
     with teacher.get_submodule("layer1").register_forward_hook(keep(seen, "a")):
         logits = teacher(x.clone().requires_grad_())
     (g,) = torch.autograd.grad(nn.functional.cross_entropy(logits.double(), y), seen["a"])
-    parts, _ = trainer.train_step(x, y)
+    parts = trainer.train_step(x, y).parts
     expected = attention_loss([gradient_map(g)], [spike_activation_map(spikes["s"])])
     torch.testing.assert_close(parts["attention"], 0.45 * expected)
 
@@ -191,17 +200,20 @@ def test_two_checkpoints_are_kept(tmp_path):
 
 def test_a_run_folder_of_other_settings_is_refused(tmp_path):
     trainer_for(small_student(), small_teacher(), tmp_path).fit(loader(8), epochs=1)
-    with pytest.raises(ValueError, match=r"other settings \(alpha: there 0.9, here 0.5\)"):
+    with pytest.raises(
+        ValueError, match=r"objective: there 'CrossEntropy\(\) \+ Attention\(\)', here '.*alpha=0.5"
+    ):
         trainer_for(small_student(), small_teacher(), tmp_path, alpha=0.5).fit(loader(8), epochs=2)
 
 
 def test_looking_before_the_first_step_changes_nothing():
     """The same seed gives the same first loss whether or not pairs have to be chosen."""
-    losses = []
-    for names in (None, [(f"features.{2 * i}.neuron", f"layer{i + 1}") for i in range(3)]):
+    losses, names = [], None
+    for _ in range(2):
         encoder = PoissonEncoder(4, torch.Generator().manual_seed(5))
         trainer = trainer_for(small_student(), small_teacher(), encoder=encoder, pairs=names)
         losses.append(trainer.fit(loader(8), epochs=1)[0]["loss"])
+        names = trainer.pairs
     assert losses[0] == losses[1]
 
 
@@ -262,7 +274,7 @@ def test_readouts():
     assert class_scores(potentials, 1, "mean").tolist() == [[1, 1]]
     assert LaSNNTrainer(small_student(), attention=None).readout == "last"
     stock = nn.Sequential(layer.Linear(2, 2), neuron.IFNode(step_mode="m"))
-    assert LaSNNTrainer(stock, attention=None).readout == "mean"
+    assert LaSNNTrainer(stock).readout == "mean"
 
 
 def test_a_stock_spikingjelly_student_and_any_teacher():
@@ -387,15 +399,15 @@ def test_an_encoder_is_missed():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="attention='activation' with CrossEntropy needs a teacher"):
-        LaSNNTrainer(small_student())
-    with pytest.raises(ValueError, match="attention=None with CrossEntropy makes no use of a teacher"):
+    with pytest.raises(ValueError, match=r"objective CrossEntropy\(\) \+ Attention\(\) needs a teacher"):
+        LaSNNTrainer(small_student(), attention="activation")
+    with pytest.raises(ValueError, match=r"objective CrossEntropy\(\) makes no use of the teacher"):
         LaSNNTrainer(small_student(), small_teacher(), attention=None)
     with pytest.raises(ValueError, match='attention must be "activation"'):
         LaSNNTrainer(small_student(), small_teacher(), attention="both")
     with pytest.raises(ValueError, match="readout must be"):
-        LaSNNTrainer(small_student(), attention=None, readout="first")
-    with pytest.raises(ValueError, match="alpha must be at least 0"):
+        LaSNNTrainer(small_student(), readout="first")
+    with pytest.raises(ValueError, match="alpha must be a number, at least 0, got -1"):
         LaSNNTrainer(small_student(), small_teacher(), alpha=-1)
 
 
@@ -404,16 +416,16 @@ def test_arguments_that_would_be_found_out_late_or_never():
     student, other = small_student(), small_student()
     sgd, foreign = (torch.optim.SGD(net.parameters(), 0.1) for net in (student, other))
     with pytest.raises(ValueError, match="optimizer has none of the student's parameters"):
-        LaSNNTrainer(student, attention=None, optimizer=foreign)
+        LaSNNTrainer(student, optimizer=foreign)
     step = torch.optim.lr_scheduler.StepLR(foreign, 1)
     for optimizer in (sgd, None):
         with pytest.raises(ValueError, match="scheduler .* belongs to another optimizer"):
-            LaSNNTrainer(student, attention=None, optimizer=optimizer, scheduler=step)
+            LaSNNTrainer(student, optimizer=optimizer, scheduler=step)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
     with pytest.raises(ValueError, match="ReduceLROnPlateau, whose step wants a metric"):
-        LaSNNTrainer(student, attention=None, optimizer=sgd, scheduler=plateau)
+        LaSNNTrainer(student, optimizer=sgd, scheduler=plateau)
     with pytest.raises(ValueError, match="validate_every must be a whole number, at least 1, got 0"):
-        LaSNNTrainer(student, attention=None).fit([], [], validate_every=0)
+        LaSNNTrainer(student).fit([], [], validate_every=0)
 
 
 @pytest.mark.parametrize("scheduled", [True, False])
@@ -423,7 +435,7 @@ def test_a_run_with_and_one_without_scheduler_are_not_the_same(tmp_path, schedul
         optimizer = torch.optim.SGD(student.parameters(), 0.1)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1) if with_scheduler else None
         trainer = LaSNNTrainer(
-            student, attention=None, encoder=DirectEncoder(2), optimizer=optimizer, scheduler=scheduler,
+            student, encoder=DirectEncoder(2), optimizer=optimizer, scheduler=scheduler,
             run_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(loader(8), epochs=epochs)
@@ -446,7 +458,7 @@ def test_weights_of_three_dimensional_convolutions():
             return self.linear(self.flat(self.conv(x.movedim(0, 2)).mean(2)).mean((2, 3)))
 
     net = Volume()
-    history = LaSNNTrainer(net, attention=None, encoder=DirectEncoder(2)).fit(loader(8), epochs=1)
+    history = LaSNNTrainer(net, encoder=DirectEncoder(2)).fit(loader(8), epochs=1)
     assert history[0]["loss"] > 0
     assert net.flat.weight.is_contiguous(memory_format=torch.channels_last)
 

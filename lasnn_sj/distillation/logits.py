@@ -1,10 +1,9 @@
-"""Losses: pure functions of maps, potentials and labels, and the objectives made of them."""
+"""Distillation of logits: label KD, sparse-KD and teacher-default KD."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,38 +11,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from ..models.readout import class_scores, resolve_readout
-
-
-def attention_loss(teacher_maps: Sequence[Tensor], student_maps: Sequence[Tensor]) -> Tensor:
-    """Distance of attention maps, Eq. 7 and 12.
-
-    ``L_at = sum over pairs l of || F_l(teacher) - F_l(student) ||_2``, mean over the batch; the norm is
-    not squared.
-
-    Args:
-        teacher_maps: one map ``[N, P_l]`` for each pair.
-        student_maps: as many, of the same shapes.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: no pair, unequal numbers of maps, or maps of a pair of unequal shape.
-    """
-    if len(teacher_maps) != len(student_maps) or not teacher_maps:
-        raise ValueError(
-            f"attention_loss needs the same number of maps, at least one, of teacher and student, "
-            f"got {len(teacher_maps)} and {len(student_maps)}"
-        )
-    total = student_maps[0].new_zeros(())
-    for level, (teacher, student) in enumerate(zip(teacher_maps, student_maps)):
-        if teacher.shape != student.shape or teacher.dim() != 2:
-            raise ValueError(
-                f"pair {level}: both maps must be [N, P] of equal shape, got "
-                f"{tuple(teacher.shape)} of the teacher and {tuple(student.shape)} of the student"
-            )
-        total = total + torch.linalg.vector_norm(teacher - student, dim=1).mean()
-    return total
+from .objective import Objective, Signals
 
 
 def sparse_kd(
@@ -152,50 +120,8 @@ def _check_weights(temperature: float, alpha: float) -> None:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
 
 
-@dataclass
-class Signals:
-    """What a training step offers to an objective.
-
-    Attributes:
-        scores: class scores of the student, ``[N, K]`` (Eq. 4's ``v[T]``).
-        labels: ``[N]``, whole numbers in [0, K).
-        inputs: what the student was given, ``[T, N, ...]`` for a spiking one.
-        teacher_logits: ``[N, K]`` of the trainer's teacher, ``None`` without one.
-        outputs: what the student gave, ``[T, N, K]`` for a spiking one.
-    """
-
-    scores: Tensor
-    labels: Tensor
-    inputs: Tensor | None = None
-    teacher_logits: Tensor | None = None
-    outputs: Tensor | None = None
-
-
-class Objective(Protocol):
-    """A loss for :class:`~lasnn_sj.LaSNNTrainer`: named parts, whose sum is trained.
-
-    Attributes:
-        needs_teacher: whether it reads ``Signals.teacher_logits``.
-    """
-
-    needs_teacher: bool
-
-    def __call__(self, signals: Signals) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """``L_ce`` of Eq. 9 on the class scores."""
-
-    needs_teacher: ClassVar[bool] = False
-
-    def __call__(self, signals: Signals) -> dict[str, Tensor]:
-        """``{"ce": scalar}``."""
-        return {"ce": F.cross_entropy(signals.scores, signals.labels)}
-
-
-@dataclass(frozen=True)
-class LabelKD:
+@dataclass(frozen=True, repr=False)
+class LabelKD(Objective):
     """Distillation of the trainer's teacher by its softened logits (Takuya et al., LaSNN's baseline).
 
     The loss is :func:`sparse_kd`'s; no paper gives temperature or weight for it, these are ours.
@@ -220,8 +146,8 @@ class LabelKD:
         )
 
 
-@dataclass(frozen=True)
-class SparseKD:
+@dataclass(frozen=True, repr=False)
+class SparseKD(Objective):
     """Sparse-KD: a trained, pruned and frozen SNN teaches a fresh copy of the same net (Eq. 4-5).
 
     The teacher is given the student's own input. It is put into evaluation mode and frozen, so it must
@@ -239,8 +165,6 @@ class SparseKD:
     temperature: float = 4.0
     alpha: float = 0.5
 
-    needs_teacher: ClassVar[bool] = False  # it brings its own
-
     def __post_init__(self) -> None:
         _check_weights(self.temperature, self.alpha)
         self.teacher.eval().requires_grad_(False)
@@ -252,12 +176,14 @@ class SparseKD:
 
     def teacher_logits(self, inputs: Tensor, batch: int) -> Tensor:
         """The teacher's class scores ``[N, K]`` of encoded inputs ``[T, N, ...]``."""
-        return class_scores(_asked(self.teacher, inputs), batch, resolve_readout(self.teacher, "auto"))
+        return class_scores(
+            spiking_teacher(self.teacher, inputs), batch, resolve_readout(self.teacher, "auto")
+        )
 
 
 @torch.no_grad()
-def _asked(teacher: nn.Module, inputs: Tensor) -> Tensor:
-    """What a spiking teacher gives for encoded inputs ``[T, N, ...]``."""
+def spiking_teacher(teacher: nn.Module, inputs: Tensor) -> Tensor:
+    """Run a spiking teacher on encoded inputs ``[T, N, ...]``; its output, a constant."""
     teacher = teacher.to(inputs.device)
     functional.reset_net(teacher)
     try:
@@ -266,62 +192,8 @@ def _asked(teacher: nn.Module, inputs: Tensor) -> Tensor:
         functional.reset_net(teacher)
 
 
-@dataclass(frozen=True)
-class SpikeKD:
-    """Spike-based distillation from an SNN to an SNN (Kushawaha et al., LaSNN's Table III): approximated.
-
-    They compare spike counts of output neurons in windows over ``T``. Output layers here do not fire, so
-    what they receive in a window stands for the count: ``c_w = v[end of w] - v[end of w - 1]`` of both,
-    ``L = CE + alpha * mean over w of || c_w / ||c_w|| - t_w / ||t_w|| ||_2``, mean over the batch. Their
-    teacher assistants and stages are left out. No paper gives ``windows`` and ``alpha``; these are ours.
-
-    Args:
-        teacher: trained SNN, ``[T, N, ...]`` to ``[T, N, K]``; put into evaluation mode and frozen, so it
-            must be another object than the student, and end in an ``IntegratorNode`` as the student does.
-        windows: how many pieces of equal length ``T`` is cut into; at most ``T``.
-        alpha: weight of the distance.
-    """
-
-    teacher: nn.Module = field(repr=False)
-    windows: int = 4
-    alpha: float = 1.0
-
-    needs_teacher: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise ValueError(f"windows must be at least 1, got {self.windows}")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
-        if resolve_readout(self.teacher, "auto") != "last":
-            raise ValueError(
-                f"teacher must end in an IntegratorNode, whose potential says what arrived in a window; "
-                f"{type(self.teacher).__name__} has none"
-            )
-        self.teacher.eval().requires_grad_(False)
-
-    def __call__(self, signals: Signals) -> dict[str, Tensor]:
-        """``{"ce": CE, "spike_kd": alpha * distance}``."""
-        wanted = _asked(self.teacher, signals.inputs)
-        if signals.outputs.shape != wanted.shape or self.windows > len(wanted):
-            raise ValueError(
-                f"student and teacher must both give [T, N, K] with at least {self.windows} steps (windows), "
-                f"got {tuple(signals.outputs.shape)} of the student, {tuple(wanted.shape)} of the teacher"
-            )
-        distance = torch.linalg.vector_norm(self._counts(signals.outputs) - self._counts(wanted), dim=2)
-        ce = F.cross_entropy(signals.scores, signals.labels)
-        return {"ce": ce, "spike_kd": self.alpha * distance.mean()}
-
-    def _counts(self, potentials: Tensor) -> Tensor:
-        """What each output neuron received in each window, of length 1 over the classes: ``[W, N, K]``."""
-        ends = [round(len(potentials) * (w + 1) / self.windows) - 1 for w in range(self.windows)]
-        reached = potentials[ends].float()
-        received = torch.diff(reached, dim=0, prepend=torch.zeros_like(reached[:1]))
-        return F.normalize(received, dim=2)
-
-
-@dataclass(frozen=True)
-class DefaultKD:
+@dataclass(frozen=True, repr=False)
+class DefaultKD(Objective):
     """Teacher-default KD: a virtual teacher that is always right (Eq. 6-7); see :func:`default_kd`.
 
     Args:
@@ -335,8 +207,6 @@ class DefaultKD:
     temperature: float = 20.0
     alpha: float = 0.1
     soften: Literal["probability", "log"] = "probability"
-
-    needs_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_weights(self.temperature, self.alpha)

@@ -1,0 +1,66 @@
+"""Options of training that are rarely touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class TrainingOptions:
+    """Precision, memory, gradients and checkpoints of a training run.
+
+    The defaults are the same on every device: float32, nothing compiled, whole batches.
+
+    Args:
+        precision: of convolutions and linear layers: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with
+            scaled gradients; potentials, maps and losses are float32 in each.
+        compile: run the student's pass through ``torch.compile``; the first steps take minutes.
+        accumulate: split each batch into this many pieces, run one after the other, and add their
+            gradients: the same step in less memory (except with batch norm, which sees a piece).
+        time_chunks: run the time steps in this many pieces and keep only the neurons' state between them:
+            the same gradients in less memory and about a third more time. Not with batch norm.
+        clip_norm: maximum gradient norm, L2 over all parameters; ``None`` does not clip.
+        on_nonfinite: at a loss or gradient that is NaN or infinite ``"stop"`` the run, or ``"skip"`` the
+            batch and count it.
+        checkpoint_every: steps, or time, between checkpoints; each epoch ends with one anyway.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+    accumulate: int = 1
+    time_chunks: int = 1
+    clip_norm: float | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    checkpoint_every: int | timedelta = timedelta(minutes=10)
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, tuple(DTYPES))
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        check_count("accumulate", self.accumulate)
+        check_count("time_chunks", self.time_chunks)
+        if not (isinstance(self.checkpoint_every, timedelta) and self.checkpoint_every > timedelta(0)):
+            check_count("checkpoint_every", self.checkpoint_every)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, or None, got {self.clip_norm!r}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise :class:`ValueError` where a value is not among those allowed."""
+    if value not in allowed:
+        *others, last = (f'"{one}"' for one in allowed)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise :class:`ValueError` where a value is not a whole number, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")

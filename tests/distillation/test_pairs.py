@@ -1,0 +1,128 @@
+"""Choice of the pairs of layers."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import layer
+from torch import nn
+
+from lasnn_sj import DirectEncoder, models
+from lasnn_sj.distillation import TapError, choose_pairs
+from lasnn_sj.distillation.pairs import _three_levels
+from lasnn_sj.neurons import LIFNode
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def pairs_of(student, teacher, names=None, T=2, images=IMAGES):
+    return choose_pairs(student, teacher, DirectEncoder(T)(images), images, names)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "levels"),
+    [
+        ([32], [0]),
+        ([32, 16], [0, 1]),
+        ([32, 16, 16], [0, 1, 2]),
+        ([32, 16, 16, 8, 8, 4, 2], [2, 4, 6]),  # VGG9: cut where the resolution changes, 3 + 2 + 2 deep
+        ([32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2], [3, 6, 12]),  # VGG16: 4 + 3 + 6, or 4 + 6 + 3
+        ([16] * 6, [1, 3, 5]),  # one resolution: by depth alone
+        ([16, 16, 16, 16, 8], [1, 3, 4]),  # one change only: there, and in the middle of the rest
+    ],
+)
+def test_three_levels(sizes, levels):
+    chosen = _three_levels([(s, s) for s in sizes])
+    if len(sizes) == 13:  # both cuts are equally even
+        assert chosen in ([3, 6, 12], [3, 9, 12])
+    else:
+        assert chosen == levels
+
+
+def test_pairs_of_vgg5_and_resnet20():
+    """Each level of the student, of 32, 16 and 16 pixels, takes the teacher's last layer of that level."""
+    found = pairs_of(models.vgg5(10, width=0.1), models.teacher_resnet20(10))
+    assert [(p.level, p.student, p.teacher, p.size, p.teacher_size) for p in found] == [
+        ("low", "features.0.neuron", "layer1", (32, 32), (32, 32)),
+        ("middle", "features.2.neuron", "layer2", (16, 16), (16, 16)),
+        ("high", "features.3.neuron", "layer3", (16, 16), (8, 8)),
+    ]
+    assert "interpolated" in str(found[2])
+    assert str(found[0]) == "low: features.0.neuron [32x32] <- layer1 [32x32]"
+
+
+@pytest.mark.parametrize("name", ["vgg9", "vgg16", "resnet12", "resnet20"])
+def test_layers_of_fewer_than_16_pixels_are_left_out(name):
+    found = pairs_of(getattr(models, name)(10, width=0.05), models.teacher_vgg16(10, width=0.05))
+    assert [p.level for p in found] == ["low", "middle", "high"]
+    assert all(min(p.size) >= 4 and min(p.teacher_size) >= 4 for p in found)
+
+
+def test_inner_bottlenecks_of_a_teacher_are_left_out():
+    """DenseNet's dense layers end in a bottleneck of 128 channels; the features around it are wider."""
+    teacher = models.teacher_densenet121(10).eval()
+    modules = dict(teacher.named_modules())
+    found = pairs_of(models.vgg5(10, width=0.1), teacher)
+    assert len(found) == 3
+    for pair in found:
+        assert not pair.teacher.endswith("relu2"), pair
+        assert pair.teacher in modules
+
+
+def test_networks_of_fewer_levels_have_the_upper_ones():
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    (pair,) = pairs_of(models.vgg5(10, width=0.1), teacher)
+    assert (pair.level, pair.student, pair.teacher) == ("high", "features.3.neuron", "1")
+
+
+def test_functional_activations_are_found_by_their_sign():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), Block()
+            self.head = nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x)).mean((2, 3)))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return torch.relu(self.conv(x))
+
+    assert {p.teacher for p in pairs_of(models.vgg5(10, width=0.1), Functional())} == {"b"}
+
+
+def test_named_pairs_and_patterns():
+    student, teacher = models.vgg5(10, width=0.1), models.teacher_resnet20(10)
+    (pair,) = pairs_of(student, teacher, [("features.2.n*", "layer3")])
+    assert (pair.student, pair.teacher) == ("features.2.neuron", "layer3")
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (("features.9.neuron", "layer1"), "matches no module of VGG; near: features"),
+        (("features.*.neuron", "layer1"), "matches 3 modules"),
+        (("features.0.neuron", "layer7"), "teacher tap 'layer7' matches no module"),
+        (("classifier.0.neuron", "layer1"), "student tap 'classifier.0.neuron' gives no feature map"),
+        (("features.0.neuron", "linear"), "teacher tap 'linear' gives no feature map"),
+    ],
+)
+def test_wrong_names_are_errors(pair, message):
+    with pytest.raises(TapError, match=message.replace("*", r"\*")):
+        pairs_of(models.vgg5(10, width=0.1), models.teacher_resnet20(10), [pair])
+
+
+def test_a_module_that_runs_twice_cannot_be_named():
+    relu = nn.ReLU()
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), relu, nn.Conv2d(4, 4, 3, padding=1), relu)
+    with pytest.raises(TapError, match="'1' runs 2 times"):
+        pairs_of(models.vgg5(10, width=0.1), teacher, [("features.0.neuron", "1")])
+
+
+def test_a_student_without_feature_maps_is_an_error():
+    student = nn.Sequential(layer.Flatten(step_mode="m"), layer.Linear(3072, 10), LIFNode(step_mode="m"))
+    with pytest.raises(TapError, match="no spiking layer with a feature map"):
+        pairs_of(student, models.teacher_resnet20(10))
