@@ -32,7 +32,7 @@ from ..distillation import (
     TeacherForward,
     choose_layers,
 )
-from ..distillation.pairs import LEVELS, Pair
+from ..distillation.pairs import LEVELS
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..neurons import backend
 from ..runtime import distributed, files, random_state
@@ -332,12 +332,11 @@ class _Maps:
                 # a teacher of scores alone may take other input than images, or have no feature maps
                 missing = f"no attention maps of the teacher: {error}"
         try:
-            names = choose_layers(self.student, encoded)
+            self.attention.chosen = choose_layers(self.student, encoded)
         except TapError as error:
             return [], f"no attention maps: {error}"
+        names = [pair.student for pair in self.attention.chosen]
         self.taps = StudentTaps(self.student, [(name, self.attention.reading) for name in names])
-        # The maps of a student alone; the pairs have no teacher.
-        self.attention.chosen = [Pair(name, "", (0, 0), (0, 0)) for name in names]
         return [{"student": name, "teacher": None} for name in names], missing
 
     def of_student(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -350,7 +349,7 @@ class _Maps:
             return outputs, []
         signals = Signals(outputs, outputs, student=dict(zip(self.taps.wanted, read)))
         maps = self.attention.student_maps(signals)
-        return outputs, [m.view(len(m), *a.shape[-2:]).cpu() for m, a in zip(maps, read)]
+        return outputs, [m.view(len(m), *p.size).cpu() for m, p in zip(maps, self.attention.chosen)]
 
     def close(self) -> None:
         """Remove the taps."""

@@ -11,7 +11,7 @@ from .attention import (
 from .logits import DefaultKD, LabelKD, SparseKD, default_kd, sparse_kd
 from .objective import CrossEntropy, Look, Needs, Objective, Signals, Sum, weight_at
 from .objective import parse_objective as _parse
-from .pairs import Pair, choose_layers, choose_pairs
+from .pairs import Pair, as_map, choose_layers, choose_pairs
 from .spikes import SpikeKD
 from .taps import StudentTaps, TapError, TeacherTaps
 from .teacher import TeacherForward
@@ -34,6 +34,7 @@ __all__ = [
     "TeacherForward",
     "TeacherTaps",
     "activation_map",
+    "as_map",
     "attention_loss",
     "choose_layers",
     "choose_pairs",

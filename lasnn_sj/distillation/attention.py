@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .objective import Look, Needs, Objective, Schedule, Signals, check_schedule, weight_at
-from .pairs import LEVELS, Pair, choose_pairs
+from .pairs import LEVELS, Pair, as_map, choose_pairs
 from .taps import TapError, trace_map
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,8 @@ class Attention(Objective):
                 "gradient attention needs T of at least 2: the spike activation map of one step is 0 (Eq. 11)"
             )
         if self.chosen is None:
-            pairs = choose_pairs(look.student, look.teacher, look.inputs, look.images, self.pairs)
+            gradients = self.kind == "gradient"
+            pairs = choose_pairs(look.student, look.teacher, look.inputs, look.images, self.pairs, gradients)
             self.chosen = [p for p in pairs if self.pairs is not None or p.level in self.levels]
             if not self.chosen:
                 have = ", ".join(pair.level for pair in pairs)
@@ -266,7 +267,9 @@ class Attention(Objective):
 
     def student_maps(self, signals: Signals) -> list[Tensor]:
         """The student's map of each pair, ``[N, H * W]``."""
-        read = [signals.student[pair.student, self.reading] for pair in self.chosen]
+        read = [
+            as_map(signals.student[pair.student, self.reading], pair.size, pair.form) for pair in self.chosen
+        ]
         if self.kind == "gradient":
             return [spike_map(m, center=self.center, normalize=self.normalize) for m in read]
         return [
@@ -275,11 +278,15 @@ class Attention(Objective):
 
     def teacher_maps(self, signals: Signals) -> list[Tensor]:
         """The teacher's map of each pair at the student's size, ``[N, H * W]``."""
-        shared = {"center": self.center, "normalize": self.normalize}
-        if self.kind == "gradient":
-            read = signals.teacher_gradients
-            return [gradient_map(read[pair.teacher], size=pair.size, **shared) for pair in self.chosen]
-        return [activation_map(signals.teacher[p.teacher], size=p.size, **shared) for p in self.chosen]
+        finish = gradient_map if self.kind == "gradient" else activation_map
+        read = signals.teacher_gradients if self.kind == "gradient" else signals.teacher
+        return [
+            finish(
+                as_map(read[pair.teacher], pair.teacher_size, pair.teacher_form),
+                size=pair.size, center=self.center, normalize=self.normalize,
+            )
+            for pair in self.chosen
+        ]  # fmt: skip
 
     def _flat(self, maps: Tensor) -> Tensor:
         """Flat maps of the same mean or, where maps are normalized, of norm 1; 0 where they are centered."""

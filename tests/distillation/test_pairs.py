@@ -6,7 +6,7 @@ from spikingjelly.activation_based import layer
 from torch import nn
 
 from lasnn_sj import DirectEncoder, models
-from lasnn_sj.distillation import TapError, choose_pairs
+from lasnn_sj.distillation import TapError, as_map, choose_layers, choose_pairs
 from lasnn_sj.distillation.pairs import _three_levels
 from lasnn_sj.neurons import LIFNode
 
@@ -126,3 +126,134 @@ def test_a_student_without_feature_maps_is_an_error():
     student = nn.Sequential(layer.Flatten(step_mode="m"), layer.Linear(3072, 10), LIFNode(step_mode="m"))
     with pytest.raises(TapError, match="no spiking layer with a feature map"):
         pairs_of(student, models.teacher_resnet20(10))
+
+
+# ---- tokens ----
+
+
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [("NCHW", (1, 2, 2, 3)), ("NHWC", (1, 2, 3, 2)), ("NCL", (1, 2, 6)), ("NLC", (1, 7, 2))],
+)
+def test_forms_of_a_map_by_hand(form, shape):
+    """Channel c at (y, x) holds 100 c + 10 y + x; a class token before the grid is left out."""
+    wanted = torch.tensor([[[0, 1, 2], [10, 11, 12]], [[100, 101, 102], [110, 111, 112]]])[None]
+    x = {
+        "NCHW": wanted,
+        "NHWC": wanted.permute(0, 2, 3, 1),
+        "NCL": wanted.flatten(2),
+        "NLC": torch.cat([torch.tensor([[[-1, -2]]]), wanted.flatten(2).transpose(1, 2)], 1),
+    }[form]
+    assert x.shape == shape
+    assert torch.equal(as_map(x, (2, 3), form), wanted)
+
+
+class Transformer(nn.Module):
+    """A spiking one: a convolution, tokens, heads inside the attention, tokens again."""
+
+    def __init__(self, tokens_last=True):
+        super().__init__()
+        self.patch = layer.Conv2d(3, 16, 4, 4, step_mode="m")
+        self.stem, self.qkv, self.heads, self.out = (
+            LIFNode(v_threshold=0.1, step_mode="m") for _ in range(4)
+        )
+        self.head = layer.Linear(16, 10, step_mode="m")
+        self.tokens_last = tokens_last
+
+    def forward(self, x):
+        tokens = self.stem(self.patch(x)).flatten(3)  # [T, N, 16, 64]
+        if not self.tokens_last:
+            tokens = tokens.transpose(2, 3)
+        tokens = self.qkv(tokens)
+        heads = self.heads(tokens.unflatten(2, (2, -1)))  # [T, N, 2, 8, 64], no map of 8 x 64 pixels
+        tokens = self.out(heads.flatten(2, 3))
+        return self.head(tokens.mean(3 if self.tokens_last else 2))
+
+
+@pytest.mark.parametrize(("tokens_last", "form"), [(True, "NCL"), (False, "NLC")])
+def test_tokens_of_a_spiking_transformer_are_maps(tokens_last, form):
+    found = choose_layers(Transformer(tokens_last), DirectEncoder(2)(IMAGES))
+    assert [(p.student, p.size, p.form) for p in found] == [
+        ("stem", (8, 8), "NCHW"), ("qkv", (8, 8), form), ("out", (8, 8), form)
+    ]  # fmt: skip
+
+
+class ViT(nn.Module):
+    """Two tokens before a grid of 4x4, three blocks; scores from the first token or the mean."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+        def forward(self, x):
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            return x + self.mlp(x)
+
+    def __init__(self, pool):
+        super().__init__()
+        self.patch, self.pool = nn.Conv2d(3, 8, 8, 8), pool
+        self.first = nn.Parameter(torch.randn(1, 2, 8))
+        self.blocks = nn.ModuleList(self.Block() for _ in range(5))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0] if self.pool == "token" else x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("pool", "gradients", "last"), [("token", False, 4), ("mean", True, 4), ("token", True, 3)]
+)
+def test_blocks_of_a_vit_teach(pool, gradients, last):
+    """Behind the last attention only the class token matters to the scores."""
+    torch.manual_seed(0)
+    teacher = ViT(pool).eval()
+    found = choose_pairs(
+        models.vgg5(10, width=0.1), teacher, DirectEncoder(2)(IMAGES), IMAGES, gradients=gradients
+    )
+    assert len(found) == 3
+    assert all((p.teacher_size, p.teacher_form) == ((4, 4), "NLC") for p in found)
+    numbers = [int(p.teacher.removeprefix("blocks.")) for p in found]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == last
+
+
+def test_a_teacher_with_channels_last():
+    class Stage(nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.conv = nn.Conv2d(12, 12, 3, stride, 1)
+
+        def forward(self, x):
+            return self.conv(x.permute(0, 3, 1, 2)).relu().permute(0, 2, 3, 1)
+
+    class Swin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 12, 2, 2)
+            self.layers = nn.Sequential(Stage(1), Stage(2), Stage(1))
+            self.head = nn.Linear(12, 10)
+
+        def forward(self, x):
+            return self.head(self.layers(self.patch(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+    found = pairs_of(models.vgg5(10, width=0.1), Swin().eval())
+    assert [(p.teacher, p.teacher_size, p.teacher_form) for p in found] == [
+        ("layers.0", (16, 16), "NHWC"), ("layers.1", (8, 8), "NHWC"), ("layers.2", (8, 8), "NHWC"),
+    ]  # fmt: skip
+
+
+def test_a_teacher_that_enlarges_its_images():
+    """Its feature maps are larger than the images that it is given."""
+    teacher = nn.Sequential(
+        nn.Upsample(scale_factor=4), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1),
+        nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4, 10),
+    )  # fmt: skip
+    sizes = [p.teacher_size for p in pairs_of(models.vgg5(10, width=0.1), teacher)]
+    assert sizes == [(128, 128), (64, 64), (32, 32)]

@@ -6,12 +6,14 @@ which need the result of an architecture search. A module's deeper and wider bui
 """
 
 import pytest
+import timm
 import torch
 from spikingjelly.activation_based import functional, layer, model, neuron
 from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet, spiking_vgg
 from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, models
+from lasnn_sj.distillation import Attention
 
 T, K = 2, 4
 LIF = {"spiking_neuron": neuron.LIFNode, "detach_reset": True}
@@ -102,3 +104,32 @@ def test_a_step_of_cross_entropy_trains_the_network(name):
     assert 0 < row["loss"] < 10 * torch.tensor(K).log()
     changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
     assert len(changed) > len(before) / 2
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """A small ViT of timm, whose class token makes its scores."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=K
+    ).eval()
+
+
+@pytest.mark.parametrize("kind", ["activation", "gradient"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_attention_trains_the_network(name, kind, vit):
+    """By a convolutional teacher; transformers by a ViT, too."""
+    for teacher in [models.teacher_resnet20(K).eval(), vit][: 1 + (name in SHAPES)]:
+        net = build(name)
+        before = {path: weight.detach().clone() for path, weight in net.named_parameters()}
+        trainer = LaSNNTrainer(
+            net, teacher, encoder=DirectEncoder(T), attention=kind,
+            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        )  # fmt: skip
+        (row,) = trainer.fit(loader(), epochs=1)
+        (attention,) = [one for one in trainer.members if isinstance(one, Attention)]
+        assert [pair.level for pair in attention.chosen] == ["low", "middle", "high"]
+        assert all(min(pair.size) >= 4 for pair in attention.chosen)
+        assert 0 < row["attention"] < 3  # 0.9 / 2 of three distances, each below 2
+        changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
+        assert len(changed) > len(before) / 2
