@@ -1,5 +1,6 @@
 """Analysis of trained students: spikes, operations and energy, attention maps, reports."""
 
+from . import plots
 from .energy import Operations, count_operations
 from .inspection import inspect, inspect_student
 from .report import report as write_report
@@ -12,6 +13,7 @@ __all__ = [
     "count_operations",
     "inspect",
     "inspect_student",
+    "plots",
     "record_traces",
     "spike_statistics",
     "write_report",

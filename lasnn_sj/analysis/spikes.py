@@ -51,11 +51,13 @@ class Traces:
         potentials: by module name, ``[T, M]`` float32: the layer's ``v`` after each step, which is the
             potential before the reset in LaSNN's neurons and after it in SpikingJelly's.
         neurons: by module name, the ``M`` neurons as indices into the flattened layer.
+        v_threshold: by module name, of layers with a single threshold.
     """
 
     spikes: dict[str, Tensor]
     potentials: dict[str, Tensor]
     neurons: dict[str, list[int]]
+    v_threshold: dict[str, float]
 
 
 def first_samples(
@@ -200,7 +202,16 @@ def record_traces(
         {name: torch.stack(steps).cpu() for name, steps in spikes.items()},
         {name: torch.stack(steps).cpu() for name, steps in potentials.items()},
         {name: indices.tolist() for name, indices in chosen.items()},
+        {name: value for name in fired if (value := threshold_of(student.get_submodule(name))) is not None},
     )
+
+
+def threshold_of(layer: nn.Module) -> float | None:
+    """Threshold of a layer of neurons, where it has a single one."""
+    value = getattr(layer, "v_threshold", None)
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _spaced(counts: Tensor, most: int) -> Tensor:

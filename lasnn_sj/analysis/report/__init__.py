@@ -1,4 +1,4 @@
-"""One self-contained page about runs, from their folders alone: no network, no data, no script."""
+"""HTML reports about runs, from their folders alone: one self-contained page, without scripts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...runtime import files
+from ..style import COLOURS
 from . import page, reading
-from .charts import COLOURS, Picture
-from .maps import maps as maps_of
+from .samples import samples as samples_of
+from .series import series_of
+from .verdict import subtitle_of, title_of, verdict_of
 
 __all__ = ["report"]
 
@@ -18,24 +20,25 @@ log = logging.getLogger(__name__)
 
 
 def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None = None) -> Path:
-    """Write what run folders hold as one HTML page, with its pictures beside it as PNG files.
+    """Write an HTML page about runs, with its pictures beside it as PNG files.
 
     A run folder is that of a :class:`~lasnn_sj.LaSNNTrainer`, of a ``Pipeline`` with its stages, of a
     ``Study`` with its rows, or a folder of several of these. Runs that differ by their seeds alone are
-    shown as means; others are compared. Whatever is missing or damaged is named on the page. Needs
+    shown as means; others are compared. Missing and damaged files are named on the page. Needs
     ``matplotlib`` and ``jinja2`` (the extra ``report``).
 
     Args:
         run_dirs: one folder or several.
-        out: the page, ``report.html`` if not given: in the folder, or in the one that all lie in. Its
-            pictures go into a folder beside it that has its name.
+        out: path of the page; ``report.html`` in the folder, or in the common parent of several, if not
+            given. The pictures go into a folder beside it, such as ``report_pictures``.
 
     Returns:
         Path of the page.
 
     Raises:
         NotADirectoryError: a path that is no folder.
-        ValueError: no folder at all, a folder as ``out``, or pictures' folder that is a link elsewhere.
+        ValueError: no folder at all, a folder without any run, a folder as ``out``, or a link that leads out
+            of it in place of the pictures' folder.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
     if not folders:
@@ -46,33 +49,37 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
     if out is None:
         out = Path(os.path.commonpath([folder.resolve() for folder in folders])) / "report.html"
     out = Path(out)
-    series = page.series_of(runs)
-    table, accuracy = page.results(series)
+    series = series_of(runs)
+    tables, accuracy = page.results(series)
     curves = page.curves(series)
-    timing, by_step = page.over_time(series)
-    layers, layer_tables = page.spikes(series)
-    maps = list(maps_of(series))
+    timing, by_step = page.over_steps(series)
+    silent, spikes, layer_tables = page.layers(series)
+    samples = list(samples_of(series))
     text = _template().render(
-        names=[run.name for run in runs],
-        paths=[str(run.path) for run in runs],
+        title=title_of(folders, runs),
+        subtitle=subtitle_of(runs, series),
+        verdict=verdict_of(series),
         notes=_together(runs),
-        results=table,
+        results=tables,
         accuracy=accuracy,
         curves=curves,
         timing=timing,
         by_step=by_step,
         operations=page.operations(series),
-        layers=layers,
+        silent=silent,
+        layers=spikes,
         layer_tables=layer_tables,
-        maps=maps,
+        samples=samples,
         configuration=page.configuration(runs, series),
         configs=dict.fromkeys(run.config for run in runs if run.config),
         colours=COLOURS,
     )
+    drawn = [*accuracy, *timing, *spikes, *(picture for _, group in curves for picture in group)]
+    drawn += [picture for one in samples for picture in one.pictures]
+    pictures = {picture.name: picture.png for picture in drawn}
+    pictures |= {one.maps.name: one.maps.sheet for one in samples if one.maps is not None}
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.parent / f"{out.stem}_pictures"
-    pictures = {picture.name: picture.png for picture in _all(accuracy, curves, timing, layers)}
-    pictures |= {tiles.sheet_name: tiles.sheet for tiles in maps}
     if pictures:
         files.inside(out.parent, beside.name).mkdir(exist_ok=True)
     for name, data in pictures.items():
@@ -83,19 +90,15 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
 
 
 def _together(runs: list[reading.Run]) -> list[tuple[str, list[str]]]:
-    """Notes by the runs that they are said of."""
+    """Notes, with the names of the runs that share them."""
     of: dict[str, list[str]] = {}
     for run in runs:
         for note in dict.fromkeys(run.notes):
             of.setdefault(note, []).append(run.name)
     names: dict[str, list[str]] = {}
-    for note, said_of in of.items():
-        names.setdefault(", ".join(said_of), []).append(note)
+    for note, runs_with_it in of.items():
+        names.setdefault(", ".join(runs_with_it), []).append(note)
     return list(names.items())
-
-
-def _all(*groups: list[Picture]) -> list[Picture]:
-    return [picture for group in groups for picture in group]
 
 
 def _template():

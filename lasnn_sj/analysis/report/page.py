@@ -1,278 +1,268 @@
-"""What a report says: tables and pictures of runs, in the order of the page."""
+"""Tables and pictures of a report, in the order of the page."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from .. import plots
+from ..style import NAMES, column, distance_columns, name_of
 from . import charts
-from .charts import Line, Picture
-from .reading import Part, Run, flat, number, numbers, record, records
+from .charts import Picture
+from .reading import Part, Run, flat, number, record
+from .series import (
+    BASELINES,
+    NOT_TRAINED,
+    Series,
+    Table,
+    energies,
+    energy_share,
+    energy_text,
+    file_name,
+    gains,
+    last_validation,
+    operation,
+    over_time,
+    spikes,
+    spread,
+    text,
+    thresholds,
+    top1,
+    total,
+)
 
-COLUMNS = {
-    "loss": "loss, all parts together",
-    "ce": "cross-entropy",
-    "attention": "attention loss (its weight included)",
-    "kd": "distillation loss (its weight included)",
-    "top1": "training accuracy, %",
-    "val_loss": "validation loss",
-    "val_top1": "validation accuracy, %",
-    "lr": "learning rate",
-}
-UNITS = ((1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ"), (1.0, "pJ"))
-
-
-@dataclass
-class Table:
-    """A table of text; the first cell of each row heads it, rows in ``marked`` stand out."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
-    marked: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Series:
-    """One kind of part in runs that differ by their seeds alone."""
-
-    label: str
-    kind: str
-    parts: list[tuple[Run, Part]]
-    colour: int
-    style: int
-
-    def values(self, get: Callable[[Part], float | None]) -> list[float]:
-        """What ``get`` finds, for each seed that has it."""
-        found = [get(part) for _, part in self.parts]
-        return [value for value in found if value is not None]
-
-    def line(self, get: Callable[[Part], tuple[Sequence, Sequence]]) -> Line | None:
-        """The curves that ``get`` finds; ``None`` where no seed has one."""
-        curves = [curve for _, part in self.parts if (curve := get(part))[0]]
-        return Line(self.label, curves, self.colour, self.style) if curves else None
+AGAINST = {"ann": "ANN", "hybrid": "hybrid", "alone": "student alone"}
+Column = tuple[str, Callable[[Series], str]]
 
 
-def series_of(runs: Sequence[Run]) -> list[Series]:
-    """The runs' parts by kind; seeds of one recipe go together, what differs otherwise does not."""
-    recipes: list[list[Run]] = []
-    for run in runs:
-        alike = next((members for members in recipes if all(_alike(run, other) for other in members)), None)
-        if alike is None:
-            recipes.append([run])
-        else:
-            alike.append(run)
-    found: dict[tuple[str, int], Series] = {}
-    kinds = list(dict.fromkeys(part.kind for run in runs for part in run.parts))
-    for variant, members in enumerate(recipes):
-        of = ", ".join(run.name for run in members)
-        for run in members:
-            for part in run.parts:
-                alone = len(recipes) == 1 or part.path == run.path
-                label = part.title if alone else f"{part.title} ({of})"
-                # from the end, where the methods stand that a run is about
-                index = len(kinds) - 1 - kinds.index(part.kind) if len(kinds) > 1 else variant
-                style = index // len(charts.SERIES) + (variant if len(kinds) > 1 and not alone else 0)
-                series = Series(label, part.kind, [], index, style)
-                found.setdefault((part.kind, variant), series).parts.append((run, part))
-    order = [part.kind for run in runs for part in run.parts]
-    return sorted(found.values(), key=lambda series: _place(series, runs, order))
-
-
-def _alike(run: Run, other: Run) -> bool:
-    """Whether two runs differ by their seeds alone, as far as both have settings."""
-    there = {part.kind: part.settings for part in other.parts if part.settings}
-    pairs = [(part.settings, there[part.kind]) for part in run.parts if part.settings and part.kind in there]
-    return all(
-        {**mine, "seed": None} == {**theirs, "seed": None}
-        for mine, theirs in [(run.recipe, other.recipe), *pairs]
-    )
-
-
-def _place(series: Series, runs: Sequence[Run], order: Sequence[str]) -> int:
-    longest = max(runs, key=lambda run: len(run.parts))
-    kinds = [part.kind for part in longest.parts]
-    return kinds.index(series.kind) if series.kind in kinds else len(kinds) + order.index(series.kind)
-
-
-def results(series: Sequence[Series]) -> tuple[Table | None, list[Picture]]:
-    """Accuracy, loss and cost of every part, against the ANN and the baseline, and as bars."""
+def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
+    """Accuracy and cost of every part, and its gains; then what is looked up less often."""
     seeds = max((len(line.parts) for line in series), default=0)
-    spread = "" if seeds < 2 else f", mean ± deviation of up to {seeds} seeds"
+    mean = "" if seeds < 2 else f", mean ± deviation of {seeds} seeds"
     kinds = {line.kind for line in series}
-    columns: list[tuple[str, Callable[[Series], str]]] = [
-        ("top-1 %", lambda line: _spread(line.values(_top1), ".2f")),
-        ("no result, last validation: top-1 %", lambda line: _spread(line.values(_so_far), ".2f")),
+
+    def of(get: Callable[[Part], float | None], shape: str) -> Callable[[Series], str]:
+        return lambda line: spread(line.values(get), shape)
+
+    columns: list[Column] = [
+        ("accuracy, %", of(top1, ".2f")),
+        ("not finished; last validation accuracy, %", of(last_validation, ".2f")),
     ]
-    for against, title in (("ann", "ANN"), ("hybrid", "hybrid"), ("alone", "student alone")):
+    for against, title in AGAINST.items():
         if against in kinds:
-            columns.append((
-                f"points over {title}",
-                lambda line, against=against: _spread(_gains(line, against), "+.2f"),
-            ))  # fmt: skip
-    for name, title, shape in (
-        ("loss", "loss", ".3f"), ("teacher_top1", "its teacher, top-1 %", ".2f"),
-        ("spikes_per_neuron", "spikes per neuron", ".3f"), ("seconds", "seconds", ".0f"),
-        ("seconds_per_epoch", "seconds per epoch", ".1f"), ("peak_memory_mib", "peak memory, MiB", ".0f"),
-    ):  # fmt: skip
-        columns.append((title, lambda line, n=name, s=shape: _spread(line.values(lambda p: p.number(n)), s)))
+            columns.append((f"points over {title}", lambda line, a=against: spread(gains(line, a), "+.2f")))
+    columns += [
+        ("its teacher, %", of(lambda p: p.number("teacher_top1"), ".2f")),
+        ("spikes per neuron", of(lambda p: p.number("spikes_per_neuron"), ".3f")),
+        ("energy, % of ANN", of(energy_share, ".1f")),
+        ("seconds", of(lambda p: p.number("seconds"), ".0f")),
+    ]
+    more: list[Column] = [
+        ("cross-entropy", of(lambda p: p.number("loss"), ".3f")),
+        ("test samples", of(lambda p: p.number("samples"), ".0f")),
+        ("seconds per epoch", of(lambda p: p.number("seconds_per_epoch"), ".1f")),
+        ("peak memory, MiB", of(lambda p: p.number("peak_memory_mib"), ".0f")),
+    ]
     if seeds > 1:
-        names = list(dict.fromkeys(run.name for line in series for run, _ in line.parts))
-        for name in names:
-            columns.append((
-                name,
-                lambda line, name=name: next(
-                    (_text(_top1(part), ".2f") for run, part in line.parts if run.name == name), ""
-                ),
-            ))  # fmt: skip
+        for name in dict.fromkeys(run.name for line in series for run, _ in line.parts):
+            more.append((f"accuracy of {name}, %", lambda line, n=name: text(_of_run(line, n), ".2f")))
+    tables = [
+        _table(f"Results on the test data{mean}", series, columns),
+        _table("Cross-entropy, time, memory and single runs", series, more),
+    ]
+    pictures = []
+    found = {line.label: line.values(top1) for line in series}
+    if any(found.values()):
+        said = [f"{label} {statistics.mean(values):.4g}" for label, values in found.items() if values]
+        pictures.append(charts.picture(
+            plots.accuracies(found), "accuracy", "Accuracy on the test data",
+            f"Accuracy on the test data in percent: {', '.join(said)}.",
+        ))  # fmt: skip
+    against = next((kind for kind in (*BASELINES, "ann") if kind in kinds), None)
+    gained = {line.label: gains(line, against) for line in series} if against else {}
+    trained = [line.label for line in series if line.is_student and line.kind not in NOT_TRAINED]
+    gained = {label: values for label, values in gained.items() if label in trained}
+    if any(gained.values()):
+        said = [f"{label} {statistics.mean(values):+.4g}" for label, values in gained.items() if values]
+        title = f"Gain over {AGAINST[against]}"
+        pictures.append(charts.picture(
+            plots.gains(gained, over=AGAINST[against]), "gains", title,
+            f"{title} in points: {', '.join(said)}.",
+        ))  # fmt: skip
+    return [table for table in tables if table.rows], pictures
+
+
+def _of_run(series: Series, name: str) -> float | None:
+    return next((top1(part) for run, part in series.parts if run.name == name), None)
+
+
+def _table(caption: str, series: Sequence[Series], columns: Sequence[Column]) -> Table:
+    """Rows and columns that hold anything."""
     rows = [[line.label, *(cell(line) for _, cell in columns)] for line in series]
     rows = [row for row in rows if any(row[1:])]
     used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
     head = ["", *(title for title, _ in columns)]
-    if not rows:
-        return None, []
-    table = Table(
-        f"Results on the test data{spread}", [head[i] for i in used], [[row[i] for i in used] for row in rows]
-    )
-    names = list(dict.fromkeys(run.name for line in series for run, _ in line.parts))
-    seeds_ = [_of_run(series, name) for name in names]
-    drawn = Line("", [(list(found), list(found.values())) for found in seeds_])
-    groups = [line.label for line in series if line.values(_top1)]
-    if not groups:
-        return table, []
-    return table, [charts.bars("accuracy", "Accuracy on the test data", "top-1 %", groups, [drawn])]
+    return Table(caption, [head[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
-def _of_run(series: Sequence[Series], name: str) -> dict[str, float]:
-    found = {line.label: _top1(part) for line in series for run, part in line.parts if run.name == name}
-    return {label: value for label, value in found.items() if value is not None}
+def curves(series: Sequence[Series]) -> list[tuple[str, list[Picture]]]:
+    """Columns of the metrics over the epochs, the students' apart from the ANNs'; where no two epochs are
+    done, over the steps."""
+    found = []
+    for title, name, student in (("Students", "student", True), ("Teacher and ANN", "ann", False)):
+        # the others keep their colours
+        group = {line.label: line if line.is_student is student else None for line in reversed(series)}
+        pictures = [p for by in ("epoch", "step") for p in _curves(group, by, name)]
+        if pictures:
+            found.append((title, pictures))
+    return found if len(found) > 1 else [("", pictures) for _, pictures in found]
 
 
-def curves(series: Sequence[Series]) -> list[Picture]:
-    """Every column of the metrics over the epochs; over the steps where no two epochs are done."""
-    return [*_curves(series, "epoch"), *_curves(series, "step")]
+def _curves(series: Mapping[str, Series | None], by: str, group: str) -> Iterator[Picture]:
+    rows = {
+        label: [] if line is None else line.curves(lambda p: p.metrics if by == "epoch" else p.steps)
+        for label, line in series.items()
+    }
+    every = [row for seeds in rows.values() for history in seeds for row in history]
+    there = dict.fromkeys(name for row in every for name in row)
+    distances = distance_columns(there)
+    names = [name for name in NAMES if name in there]
+    names += [
+        name for name in there if name not in (*NAMES, *distances, "epoch", "step", "seconds", "skipped")
+    ]
+    if "ce" in there and all(row.get("loss") == row.get("ce") for row in every):
+        names.remove("loss")  # the same curve twice
+    for place, name in enumerate(names):
+        drawn = {label: [column(history, by, name)[1] for history in seeds] for label, seeds in rows.items()}
+        drawn = {label: [ys for ys in seeds if len(ys) > 1] for label, seeds in drawn.items()}
+        ends = [f"{label} ends at {_ends(seeds)}" for label, seeds in drawn.items() if seeds]
+        fixed = name == "lr" and all(len(set(ys)) == 1 for seeds in drawn.values() for ys in seeds)
+        if ends and not fixed:
+            title = name_of(name)
+            yield charts.picture(
+                plots.training_curves(rows, [name], by=by), f"{group}_{by}_{place}_{file_name(name)}",
+                title[0].upper() + title[1:], f"{title} over {by}. {'; '.join(ends)}.",
+            )  # fmt: skip
+    if distances and by == "epoch":
+        for place, (label, histories) in enumerate(rows.items()):
+            seeds = [h for h in histories if len(h) > 1 and any(h[-1].get(n) is not None for n in distances)]
+            if seeds:
+                found = {n: [ys for h in seeds if (ys := column(h, by, n)[1])] for n in distances}
+                said = [f"{name_of(n)} ends at {_ends(curves)}" for n, curves in found.items()]
+                title = f"Distance of the attention maps by level, {label}"
+                yield charts.picture(
+                    plots.map_distances(seeds), f"distances_{place}_{file_name(label)}", title,
+                    f"{title}, over epoch. {'; '.join(said)}.",
+                )  # fmt: skip
 
 
-def _curves(series: Sequence[Series], by: str) -> Iterator[Picture]:
-    tables = [part.metrics if by == "epoch" else part.steps for line in series for _, part in line.parts]
-    there = dict.fromkeys(name for rows in tables for row in rows for name in row)
-    names = [name for name in COLUMNS if name in there]
-    names += [name for name in there if name not in (*COLUMNS, "epoch", "step", "seconds")]
-    for number_, name in enumerate(names):
-        drawn = [line.line(lambda part, name=name: part.column(name, by)) for line in series]
-        drawn = [line for line in drawn if line is not None]
-        if drawn:
-            title = COLUMNS.get(name, name)
-            yield charts.lines(f"{by}_{number_}_{file_name(name)}", title, by, name, drawn)
-
-
-def over_time(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
-    """Accuracy after each time step, and against the energy that is spent by then."""
-    anns = [line.values(_top1) for line in series if line.kind == "ann" and line.values(_top1)]
+def over_steps(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
+    """Accuracy after each time step, and against the energy spent by then."""
+    anns = [line.values(top1) for line in series if line.kind == "ann" and line.values(top1)]
     ann = statistics.mean(anns[0]) if len(anns) == 1 else None  # of several networks none is the one
-    # ten times the steps would press all others into a corner
-    shown = [line for line in series if line.kind != "converted_10T"]
-    by_step = [s for line in shown if (s := line.line(lambda p: _steps(p)))]
+    # ten times the steps would press all others into a corner; colours stay those of the other pictures
+    accuracy = {s.label: s.curves(over_time) * (s.kind != "converted_10T") for s in reversed(series)}
+    energy = {line.label: line.curves(energies) for line in reversed(series)}
     pictures = []
-    if by_step:
-        pictures.append(charts.lines(
-            "accuracy_over_time", "Accuracy after t of T time steps", "time step t", "top-1 %", by_step,
-            across=ann, across_label="ANN",
+    if any(len(curve) > 1 for seeds in accuracy.values() for curve in seeds):
+        said = [f"{label} ends at {_ends(seeds)}" for label, seeds in accuracy.items() if seeds]
+        said += [] if ann is None else [f"ANN: {ann:.4g}"]
+        pictures.append(charts.picture(
+            plots.accuracy_over_time(accuracy, ann_top1=ann), "accuracy_over_time",
+            "Accuracy when stopped after t time steps",
+            f"Accuracy when stopped after t time steps. {'; '.join(said)}.",
         ))  # fmt: skip
-    energies = [e for line in shown for e in line.values(lambda p: max(_energies(p), default=None))]
-    if energies:
-        ann_energy = {e for line in shown for e in line.values(lambda p: _operation(p, "ann_energy_pj"))}
-        scale, unit = _unit(max([*energies, *ann_energy]))
-        the_anns = ann_energy.pop() / scale if len(ann_energy) == 1 else None
-        by_energy = [s for line in shown if (s := line.line(lambda p: _by_energy(p, scale)))]
-        if by_energy:
-            pictures.append(charts.lines(
-                "accuracy_over_energy", "Accuracy against energy spent",
-                f"energy of computing, {unit} per sample", "top-1 %", by_energy, across=ann,
-                across_label="accuracy of the ANN", upright=the_anns,
-                upright_label="energy of the ANN", log=True,
-            ))  # fmt: skip
-    table = Table("Accuracy and energy by time step", ["t"], [])
-    timed = [line for line in shown if any(_steps(part)[0] for _, part in line.parts)]
-    for line in timed:
-        table.head += [f"{line.label}: top-1 %"]
-        table.head += [f"{line.label}: energy"] * any(_energies(part) for _, part in line.parts)
-    longest = max((len(_steps(part)[0]) for line in timed for _, part in line.parts), default=0)
+    both = {label: seeds if energy[label] else [] for label, seeds in accuracy.items()}
+    if any(len(curve) > 1 for seeds in both.values() for curve in seeds):
+        of_ann = {e for line in series for e in line.values(lambda p: operation(p, "ann_energy_pj"))}
+        of_ann = of_ann.pop() if len(of_ann) == 1 else None
+        said = [
+            f"{label} ends at {energy_text([s[-1] for s in energy[label]])}" for label in both if both[label]
+        ]
+        pictures.append(charts.picture(
+            plots.accuracy_over_energy(both, energy, ann_top1=ann, ann_energy_pj=of_ann),
+            "accuracy_over_energy", "Accuracy against energy",
+            f"Accuracy against energy. {'; '.join(said)}.",
+        ))  # fmt: skip
+    table = Table("Accuracy and energy by time step", ["time step"], [])
+    timed = [line.label for line in series if accuracy[line.label]]
+    for label in timed:
+        table.head += [f"{label}: accuracy, %"] + [f"{label}: energy"] * bool(energy[label])
+    longest = max((len(curve) for seeds in accuracy.values() for curve in seeds), default=0)
     for t in range(longest):
         row = [str(t + 1)]
-        for line in timed:
-            row.append(_spread(line.values(lambda p, t=t: _at(_steps(p)[1], t)), ".2f"))
-            if any(_energies(part) for _, part in line.parts):
-                row.append(_energy(line.values(lambda p, t=t: _at(_energies(p), t))))
+        for label in timed:
+            row.append(spread([curve[t] for curve in accuracy[label] if t < len(curve)], ".2f"))
+            if energy[label]:
+                row.append(energy_text([curve[t] for curve in energy[label] if t < len(curve)]))
         table.rows.append(row)
     return pictures, table if table.rows else None
 
 
+def _ends(seeds: Sequence[Sequence[float]]) -> str:
+    return ", ".join(f"{curve[-1]:.4g}" for curve in seeds)
+
+
 def operations(series: Sequence[Series]) -> Table | None:
     """Operations and energy of a sample beside those of the same network as ANN."""
-    rows = []
+
+    def count(name: str) -> Callable[[Series], str]:
+        return lambda line: spread(line.values(lambda p: total(p, name)), ",.0f")
+
+    columns: list[Column] = [
+        ("T", lambda line: spread(line.values(lambda p: number(p.inspection.get("T"))), ".0f")),
+        ("SynOps", count("synops")),
+        ("MACs", count("macs")),
+        ("energy", lambda line: energy_text([e[-1] for e in line.curves(energies)])),
+        ("MACs as ANN", lambda line: spread(line.values(lambda p: operation(p, "ann_macs")), ",.0f")),
+        ("energy as ANN", lambda line: energy_text(line.values(lambda p: operation(p, "ann_energy_pj")))),
+        ("% of the ANN's energy", lambda line: spread(line.values(energy_share), ".1f")),
+    ]
+    counted = [line for line in series if line.curves(energies) or line.values(lambda p: total(p, "synops"))]
+    table = _table("Operations and energy of computing, per sample", counted, columns)
+    return table if table.rows else None
+
+
+def layers(series: Sequence[Series]) -> tuple[list[tuple[bool, str]], list[Picture], list[Table]]:
+    """Layers that never fire (of trained students or not), spikes of each layer, and thresholds."""
+    # ten times the steps are ten times the spikes
+    found = {s.label: s.curves(spikes) * (s.kind != "converted_10T") for s in reversed(series)}
+    silent = []
     for line in series:
-        synops = line.values(lambda p: _total(p, "synops"))
-        energy = line.values(lambda p: max(_energies(p), default=None))
-        ann = line.values(lambda p: _operation(p, "ann_energy_pj"))
-        if not synops and not energy:
-            continue
-        ratio = [a / b for a, b in zip(energy, ann) if b > 0] if len(energy) == len(ann) else []
-        rows.append([
-            line.label,
-            _spread(line.values(lambda p: number(p.inspection.get("T"))), ".0f"),
-            _spread(synops, ",.0f"),
-            _spread(line.values(lambda p: _total(p, "macs")), ",.0f"),
-            _energy(energy),
-            _spread(line.values(lambda p: _operation(p, "ann_macs")), ",.0f"),
-            _energy(ann),
-            _spread([100 * r for r in ratio], ".1f"),
-        ])  # fmt: skip
-    head = ["", "T", "SynOps", "MACs", "energy", "MACs as ANN", "energy as ANN", "% of the ANN's energy"]
-    return Table("Operations and energy of computing, per sample", head, rows) if rows else None
-
-
-def spikes(series: Sequence[Series]) -> tuple[list[Picture], list[Table]]:
-    """Firing rate and spikes of each layer, and thresholds."""
-    drawn_rate = [s for line in series if (s := line.line(lambda p: _layers(p, "firing_rate")))]
-    drawn_spikes = [s for line in series if (s := line.line(_spikes))]
+        seeds = found[line.label]
+        never = [layer for layer in dict.fromkeys(n for s in seeds for n in s)
+                 if all(s.get(layer, 0) == 0 for s in seeds)]  # fmt: skip
+        if never:
+            silent.append((line.kind not in NOT_TRAINED, f"{line.label}: {', '.join(never)}"))
     pictures = []
-    for name, title, x, drawn in (
-        ("firing_rate", "Firing rate of each layer", "spikes per neuron and step", drawn_rate),
-        (
-            "spikes_per_neuron",
-            "Spikes of each layer",
-            "spikes per neuron, all time steps",
-            drawn_spikes,
-        ),
-    ):
-        if drawn:
-            groups = list(dict.fromkeys(g for line in drawn for curve in line.curves for g in curve[0]))
-            pictures.append(charts.bars(name, title, x, groups, drawn))
+    if any(found.values()):
+        said = []
+        for label, seeds in found.items():
+            if seeds:
+                each = {n: statistics.mean(s[n] for s in seeds if n in s) for s in seeds for n in s}
+                said.append(f"{label}: {', '.join(f'{n} {value:.4g}' for n, value in each.items())}")
+        pictures.append(charts.picture(
+            plots.spikes_per_layer(found), "spikes_per_neuron", "Spikes of each layer",
+            f"Spikes of each layer, per neuron and sample. {'; '.join(said)}.",
+        ))  # fmt: skip
     tables = []
     for title, shape, get in (
-        ("Thresholds by layer", ".4g", _thresholds),
-        ("Mean spikes per neuron by layer, all time steps", ".4f", _spikes),
+        ("Mean spikes per neuron by layer, all time steps", ".4f", spikes),
+        ("Thresholds by layer", ".4g", thresholds),
     ):
-        found = {line.label: [dict(zip(*get(part))) for _, part in line.parts] for line in series}
-        found = {label: columns for label, columns in found.items() if any(columns)}
-        layers = list(dict.fromkeys(layer for columns in found.values() for c in columns for layer in c))
-        rows = [
-            [
-                layer,
-                *(_spread([c[layer] for c in columns if layer in c], shape) for columns in found.values()),
-            ]
-            for layer in layers
-        ]
+        columns = {line.label: c for line in series if (c := line.curves(get))}
+        names = list(dict.fromkeys(n for seeds in columns.values() for s in seeds for n in s))
+        rows = [[n, *(spread([s[n] for s in seeds if n in s], shape) for seeds in columns.values())]
+                for n in names]  # fmt: skip
         if rows:
-            tables.append(Table(title, ["layer", *found], rows))
-    return pictures, tables
+            tables.append(Table(title, ["layer", *columns], rows))
+    return silent, pictures, tables
 
 
 def configuration(runs: Sequence[Run], series: Sequence[Series]) -> list[Table]:
-    """Recipes, then the settings of every part, then where and how they were run."""
+    """Folders, recipes, then the settings of every part, then where and how they were run."""
     tables = [
+        Table("Folders", ["", "folder"], [[run.name, str(run.path)] for run in runs]),
         _compared("Recipe", {run.name: flat(run.recipe) for run in runs if run.recipe}),
         _compared("Settings of each training", _by_label(series, lambda part: flat(part.settings))),
         _compared(
@@ -302,113 +292,8 @@ def _by_label(series: Sequence[Series], get: Callable[[Part], dict[str, str]]) -
     return found
 
 
-def _compared(caption: str, columns: dict[str, dict[str, str]]) -> Table:
+def _compared(caption: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     rows = [[key, *(column.get(key, "") for column in columns.values())] for key in keys]
     marked = {index for index, row in enumerate(rows) if len(set(row[1:])) > 1}
     return Table(caption, ["", *columns], rows, marked)
-
-
-def _top1(part: Part) -> float | None:
-    """The part's final accuracy on test data."""
-    return part.number("top1")
-
-
-def _so_far(part: Part) -> float | None:
-    """Of a training without result the last accuracy on validation data."""
-    values = part.column("val_top1")[1]
-    return values[-1] if _top1(part) is None and values else None
-
-
-def _gains(line: Series, against: str) -> list[float]:
-    """Accuracy over another part of the same run, seed by seed."""
-    if line.kind in (against, "teacher"):
-        return []
-    gains = []
-    for run, part in line.parts:
-        other = next((_top1(p) for p in run.parts if p.kind == against), None)
-        mine = _top1(part)
-        if mine is not None and other is not None:
-            gains.append(mine - other)
-    return gains
-
-
-def _steps(part: Part) -> tuple[list[int], list[float]]:
-    values = numbers(part.inspection.get("top1_over_time")) or numbers(part.result.get("top1_over_time"))
-    return list(range(1, len(values) + 1)), values
-
-
-def _operation(part: Part, name: str) -> float | None:
-    return number(record(part.inspection.get("operations")).get(name))
-
-
-def _total(part: Part, name: str) -> float | None:
-    values = numbers(record(part.inspection.get("operations")).get(name))
-    return sum(values) if values else None
-
-
-def _energies(part: Part) -> list[float]:
-    return numbers(record(part.inspection.get("operations")).get("energy_pj"))
-
-
-def _by_energy(part: Part, scale: float) -> tuple[list[float], list[float]]:
-    energies, values = _energies(part), numbers(part.inspection.get("top1_over_time"))
-    pairs = list(zip(energies, values))
-    return [e / scale for e, _ in pairs], [value for _, value in pairs]
-
-
-def _layers(part: Part, name: str) -> tuple[list[str], list[float]]:
-    layers = records(part.inspection.get("layers"))
-    pairs = [(str(layer.get("name")), number(layer.get(name))) for layer in layers]
-    pairs = [(layer, value) for layer, value in pairs if value is not None]
-    return [layer for layer, _ in pairs], [value for _, value in pairs]
-
-
-def _spikes(part: Part) -> tuple[list[str], list[float]]:
-    found = _layers(part, "spikes_per_neuron")
-    if found[0]:
-        return found
-    counted = {name: number(value) for name, value in record(part.result.get("spikes")).items()}
-    counted = {name: value for name, value in counted.items() if value is not None}
-    return list(counted), list(counted.values())
-
-
-def _thresholds(part: Part) -> tuple[list[str], list[float]]:
-    found = _layers(part, "v_threshold")
-    if found[0]:
-        return found
-    balanced = {name: number(value) for name, value in part.thresholds.items()}
-    balanced = {name: value for name, value in balanced.items() if value is not None}
-    return list(balanced), list(balanced.values())
-
-
-def _at(values: Sequence[float], index: int) -> float | None:
-    return values[index] if index < len(values) else None
-
-
-def _text(value: float | None, shape: str) -> str:
-    return "" if value is None else f"{value:{shape}}"
-
-
-def _spread(values: Sequence[float], shape: str) -> str:
-    """A value, or mean and sample deviation of several that are not all the same."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):{shape}}"
-    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):{shape.replace('+', '')}}"
-
-
-def _unit(picojoules: float) -> tuple[float, str]:
-    return next(((scale, unit) for scale, unit in UNITS if picojoules >= scale), UNITS[-1])
-
-
-def _energy(picojoules: Sequence[float]) -> str:
-    if not picojoules:
-        return ""
-    scale, unit = _unit(statistics.mean(picojoules))
-    return f"{_spread([value / scale for value in picojoules], '.2f')} {unit}"
-
-
-def file_name(text: str) -> str:
-    """A text as part of a file name."""
-    return "".join(letter if letter.isalnum() else "_" for letter in text)[:60]

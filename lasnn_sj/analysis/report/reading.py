@@ -38,11 +38,11 @@ NOT_INSPECTED = ("teacher", "ann", "converted", "converted_10T", "calibrated")
 
 @dataclass
 class Part:
-    """One training, or another result, that has a folder of its own.
+    """One training, or another result, in a folder of its own.
 
     Attributes:
         path: its folder.
-        kind: what it is among the parts of its run, the folder's name.
+        kind: name of the folder, which tells it from the other parts of its run.
         settings, result, thresholds, inspection: the JSON files; empty where there is none to read.
         metrics, steps: one row for each epoch and step, numbers by column, ``None`` where a cell has none.
         arrays: inspection.npz.
@@ -79,11 +79,11 @@ class Part:
 
 @dataclass
 class Run:
-    """A folder with its parts; notes say what is missing in it.
+    """A run folder with its parts; notes say what is missing in it.
 
     Attributes:
         path: the folder.
-        name: how it is told from the report's other runs.
+        name: name of the run among the report's others.
         recipe: recipe.json.
         config: config.yaml, as it is.
     """
@@ -95,25 +95,40 @@ class Run:
     parts: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def seed(self) -> object:
+        """The seed, ``None`` where none is written down."""
+        seeds = [self.recipe.get("seed"), *(part.settings.get("seed") for part in self.parts)]
+        return next((seed for seed in seeds if seed is not None), None)
+
 
 def read(folders: Iterable[str | Path]) -> list[Run]:
-    """Every run in the folders: a folder of one training, of stages or rows, or of several such runs.
+    """Read every run in the folders: a folder of one training, of stages or rows, or of several such runs.
 
     Runs are sought two folders deep, as the command line lays them out: ``runs/NAME/seed0``.
 
     Raises:
         NotADirectoryError: a path that is no folder.
+        ValueError: a folder without any run.
     """
     runs: list[Run] = []
-    for path in map(Path, folders):
+    folders = [Path(path) for path in folders]
+    for path in folders:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise NotADirectoryError(f"{path} {what}; a report is made of run folders")
-        for folder in _runs_in(path) or [path]:
+    for path in folders:
+        found = _runs_in(path)
+        if not found:
+            raise ValueError(
+                f"{path} holds no run: none of {', '.join(FILES[:5])} is in it or in the folders below; give "
+                f"the run_dir of a training"
+            )
+        for folder in found:
             if folder.resolve() not in [run.path.resolve() for run in runs]:
                 above = None if folder == path else _text(folder.parent / "config.yaml", [])
                 runs.append(_read_run(folder, above))
-    names = _short_names([run.path for run in runs])
+    names = short_names([run.path for run in runs])
     for run, name in zip(runs, names):
         run.name = name
         for part in run.parts:
@@ -167,9 +182,7 @@ def _read_run(path: Path, config: str | None) -> Run:
     inside = [sub for sub in _folders(path) if _is_part(sub) or (stages and _is_empty(sub))]
     places = [path] * _is_part(path) + inside
     if not places:
-        run.notes.append(
-            f"{path}: nothing of a run is in here (none of {', '.join(FILES[:5])}, here or below)"
-        )
+        run.notes.append("nothing has begun: recipe.json is the only file")
     run.parts = [_read_part(place, path, stages and place != path, run.notes) for place in places]
     unseen = [
         part for part in run.parts
@@ -361,7 +374,7 @@ def _runs_in(path: Path, below: int = 2) -> list[Path]:
     return found + [run for sub in deeper for run in _runs_in(sub, below - 1)]
 
 
-def _short_names(paths: Sequence[Path]) -> list[str]:
+def short_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):

@@ -1,0 +1,199 @@
+"""Runs grouped as a report shows them: parts of one kind, seeds of one recipe together."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..style import energy_unit
+from .reading import Part, Run, number, numbers, record, records, short_names
+
+ANNS = ("teacher", "ann")  # drawn apart from the students
+BASELINES = ("hybrid", "alone")
+NOT_TRAINED = ("converted", "converted_10T", "calibrated", "start")
+
+
+@dataclass
+class Table:
+    """A table of text; the first cell of each row heads it, rows in ``marked`` stand out."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    marked: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Series:
+    """Parts of one kind, of runs that differ by their seeds alone."""
+
+    label: str
+    kind: str
+    parts: list[tuple[Run, Part]]
+
+    def values(self, get: Callable[[Part], float | None]) -> list[float]:
+        """Values by seed, where there are any."""
+        found = [get(part) for _, part in self.parts]
+        return [value for value in found if value is not None]
+
+    def curves(self, get: Callable[[Part], Sequence[float]]) -> list[Sequence[float]]:
+        """Sequences by seed, those that are not empty."""
+        return [found for _, part in self.parts if (found := get(part))]
+
+    @property
+    def is_student(self) -> bool:
+        """Whether this is a spiking network, as far as its kind tells."""
+        return self.kind not in ANNS
+
+
+def series_of(runs: Sequence[Run]) -> list[Series]:
+    """Group the runs' parts by kind; seeds of one recipe go together, whatever differs otherwise does not."""
+    recipes: list[list[Run]] = []
+    for run in runs:
+        alike = next((members for members in recipes if all(_alike(run, other) for other in members)), None)
+        if alike is None:
+            recipes.append([run])
+        else:
+            alike.append(run)
+    names = group_names(recipes)
+    found: dict[tuple[str, int], Series] = {}
+    for variant, members in enumerate(recipes):
+        for run in members:
+            for part in run.parts:
+                alone = len(recipes) == 1 or part.path == run.path
+                label = part.title if alone else f"{part.title} ({names[variant]})"
+                series = found.setdefault((part.kind, variant), Series(label, part.kind, []))
+                series.parts.append((run, part))
+    longest = [part.kind for part in max(runs, key=lambda run: len(run.parts)).parts]
+    order = longest + [part.kind for run in runs for part in run.parts]
+    return sorted(found.values(), key=lambda series: order.index(series.kind))
+
+
+def group_names(recipes: Sequence[Sequence[Run]]) -> list[str]:
+    """Names of groups of runs: of the folder above where a group is all seeds in it, else the runs'."""
+    above = [{run.path.resolve().parent for run in members} for members in recipes]
+    found = []
+    for members, parents in zip(recipes, above):
+        whole = len(parents) == 1 and sum(parents == other for other in above) == 1
+        if whole and all(re.fullmatch(r"seed_?\d+", run.path.name) for run in members):
+            found.append(parents.pop())
+        else:
+            found.append(members[0].path)
+    names = short_names(found)
+    for index, members in enumerate(recipes):
+        if found[index] == members[0].path and len(members) > 1:
+            names[index] = ", ".join(run.name for run in members[:3]) + ", ..." * (len(members) > 3)
+    return names
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Whether two runs differ by their seeds alone; two runs of one seed are not seeds of one another."""
+    if run.seed is None or run.seed == other.seed:
+        return False
+    there = {part.kind: part.settings for part in other.parts if part.settings}
+    pairs = [(part.settings, there[part.kind]) for part in run.parts if part.settings and part.kind in there]
+    return all(
+        {**mine, "seed": None} == {**theirs, "seed": None}
+        for mine, theirs in [(run.recipe, other.recipe), *pairs]
+    )
+
+
+def top1(part: Part) -> float | None:
+    """Accuracy on test data at the end."""
+    return part.number("top1")
+
+
+def last_validation(part: Part) -> float | None:
+    """Last accuracy on validation data of a training without a result."""
+    values = part.column("val_top1")[1]
+    return values[-1] if top1(part) is None and values else None
+
+
+def gains(series: Series, against: str) -> list[float]:
+    """Accuracy over another part of the same run, seed by seed."""
+    if series.kind in (against, "teacher"):
+        return []
+    found = []
+    for run, part in series.parts:
+        other = next((top1(p) for p in run.parts if p.kind == against), None)
+        mine = top1(part)
+        if mine is not None and other is not None:
+            found.append(mine - other)
+    return found
+
+
+def over_time(part: Part) -> list[float]:
+    """Accuracy after each time step."""
+    return numbers(part.inspection.get("top1_over_time")) or numbers(part.result.get("top1_over_time"))
+
+
+def operation(part: Part, name: str) -> float | None:
+    """A number of the operations."""
+    return number(record(part.inspection.get("operations")).get(name))
+
+
+def total(part: Part, name: str) -> float | None:
+    """Operations of all time steps."""
+    values = numbers(record(part.inspection.get("operations")).get(name))
+    return sum(values) if values else None
+
+
+def energies(part: Part) -> list[float]:
+    """Energy spent by the end of each time step, in picojoules."""
+    return numbers(record(part.inspection.get("operations")).get("energy_pj"))
+
+
+def energy_share(part: Part) -> float | None:
+    """Energy in percent of that of the same network as ANN."""
+    spent, ann = energies(part), operation(part, "ann_energy_pj")
+    return 100 * spent[-1] / ann if spent and ann else None
+
+
+def by_layer(part: Part, name: str) -> dict[str, float]:
+    """Numbers of each layer, such as ``"firing_rate"``, from the inspection."""
+    pairs = [
+        (str(layer.get("name")), number(layer.get(name))) for layer in records(part.inspection.get("layers"))
+    ]
+    return {layer: value for layer, value in pairs if value is not None}
+
+
+def spikes(part: Part) -> dict[str, float]:
+    """Mean spikes per neuron of each layer."""
+    return by_layer(part, "spikes_per_neuron") or _of(record(part.result.get("spikes")))
+
+
+def thresholds(part: Part) -> dict[str, float]:
+    """Threshold of each layer."""
+    return by_layer(part, "v_threshold") or _of(part.thresholds)
+
+
+def _of(found: Mapping[str, object]) -> dict[str, float]:
+    return {name: value for name, raw in found.items() if (value := number(raw)) is not None}
+
+
+def text(value: float | None, shape: str) -> str:
+    """A number, or nothing."""
+    return "" if value is None else f"{value:{shape}}"
+
+
+def spread(values: Sequence[float], shape: str) -> str:
+    """A value, or mean and sample deviation of several that are not all the same."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{shape}}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):{shape.replace('+', '')}}"
+
+
+def energy_text(picojoules: Sequence[float]) -> str:
+    """Energies with their unit."""
+    if not picojoules:
+        return ""
+    scale, unit = energy_unit(statistics.mean(picojoules))
+    return f"{spread([value / scale for value in picojoules], '.3g')} {unit}"
+
+
+def file_name(text: str) -> str:
+    """A text as part of a file name."""
+    return "".join(letter if letter.isalnum() else "_" for letter in text)[:60]
