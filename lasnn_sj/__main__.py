@@ -40,6 +40,19 @@ def train(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ())
     tyro.cli(type(described), default=described, args=overrides, prog=f"{PROG} train {config}").run()
 
 
+def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> None:
+    """Compare methods of training on one student, seed by seed; a comparison that was cut off goes on.
+
+    ``lasnn-sj compare CONFIG.yaml --help`` lists the file's options; ``examples/configs/compare_*.yaml`` are
+    examples.
+
+    Args:
+        config: YAML file with ``method: compare``, ``recipe``, ``rows``, ``baseline``, ``run_dir``, ...
+        overrides: options in the file's place, such as ``--seeds 0 1 2 --judge test``.
+    """
+    train(config, overrides)
+
+
 def evaluate(
     run_dir: Positional[Path], rows: Positional[tuple[str, ...]] = (), device: str | None = None
 ) -> None:
@@ -58,7 +71,7 @@ def evaluate(
     run = dataclasses.replace(run, device=device or run.device)
     print("seed  row                  top-1 %   loss     samples")
     for seed in seeds:
-        for row in rows or run.rows:
+        for row in rows or run.students:
             result = run.evaluate(seed, row)
             print(f"{seed:<5} {row:<20} {result['top1']:<9.2f} {result['loss']:<8.4f} {result['samples']}")
 
@@ -127,7 +140,7 @@ def export(
     run, seeds = runs.open_folder(run_dir)
     run = dataclasses.replace(run, device="cpu")  # wherever it was trained
     seed = seeds[0] if seed is None else seed
-    row = row or run.rows[-1]
+    row = row or run.students[-1]
     path = nir_export.save(run.student(seed, row), out, run.sample_shape)
     print(f"{path}: {row} of seed {seed}, input {list(run.sample_shape)} at each step")
 
@@ -181,6 +194,7 @@ def info() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "compare": compare,
     "evaluate": evaluate,
     "reproduce": reproduce,
     "report": report,
@@ -194,8 +208,8 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
-            train(Path(args[1]), tuple(args[2:]))  # the rest are options of the file's method
+        if args[:1] in (["train"], ["compare"]) and len(args) > 1 and not args[1].startswith("-"):
+            COMMANDS[args[0]](Path(args[1]), tuple(args[2:]))  # the rest are options of the file's method
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, prog=PROG, description=ABOUT)
     except (ValueError, OSError, ImportError) as error:

@@ -119,7 +119,7 @@ def test_models_of_timm_and_spikingjelly_and_torchvision_transforms(example):
 ])  # fmt: skip
 def test_command_lines_of_the_tables(line, wanted, monkeypatch):
     seen = []
-    for kind in runs.METHODS.values():
+    for kind in runs.methods().values():
         monkeypatch.setattr(kind, "run", lambda self: seen.append(self))
     name, *args = line.split()
     monkeypatch.setattr(sys, "argv", [name, *args])

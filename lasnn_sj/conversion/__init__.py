@@ -1,7 +1,7 @@
 """ANN-to-SNN conversion, threshold balancing, calibration, pruning and NIR export."""
 
 from .calibration import calibrate
-from .convert import ConversionError, balance_thresholds, convert
+from .convert import ConversionError, balance_thresholds, convert, scale_output
 from .nir import ExportError
 from .nir import save as export_nir
 from .pruning import Sparsity, prune_magnitude, sparsity
@@ -15,5 +15,6 @@ __all__ = [
     "convert",
     "export_nir",
     "prune_magnitude",
+    "scale_output",
     "sparsity",
 ]

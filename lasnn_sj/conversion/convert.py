@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based import base, functional, layer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..models.layers import Conv2d
+from ..models.readout import class_scores, resolve_readout
 from ..models.resnet import Block
 from ..neurons import IntegratorNode, LIFNode, TimeLoopNode
 
@@ -320,3 +322,59 @@ def _largest_input(
                 pass
             left -= steps
     return peak
+
+
+@torch.no_grad()
+def scale_output(
+    snn: nn.Module, images: Tensor, labels: Tensor, encoder: nn.Module, batch: int = 64, chunk: int = 4
+) -> float:
+    """Multiply the output layer's weights by the factor that gives the least cross-entropy.
+
+    A converted network's output is a sum over ``T`` steps, so that its cross-entropy may be far above that of
+    guessing although its decisions are right. One positive factor changes no decision.
+
+    Args:
+        snn: a network whose last linear layer or convolution gives the scores, as :func:`convert` makes it.
+            Modes are restored and states reset afterwards.
+        images: calibration images ``[N, C, H, W]`` as the encoder takes them.
+        labels: ``[N]``, whole numbers.
+        encoder: adds the time axis.
+        batch: images held in memory at once.
+        chunk: time steps held in memory at once.
+
+    Returns:
+        The factor, one of 40 from 1e-3 to 1 in equal ratios.
+
+    Raises:
+        ValueError: the network has no such layer, or neurons behind it.
+    """
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, TimeLoopNode)
+    layers = [m for m in snn.modules() if isinstance(m, kinds)]
+    if not layers or isinstance(layers[-1], TimeLoopNode):
+        raise ValueError(f"{type(snn).__name__} does not end in a linear layer or convolution to scale")
+    training = {m: m.training for m in snn.modules()}
+    snn.eval()
+    try:
+        pieces = images.split(batch)
+        scores = torch.cat([_scores(snn, piece, encoder, chunk) for piece in pieces])
+        factors = torch.logspace(-3, 0, 40).tolist()
+        best = min(factors, key=lambda c: F.cross_entropy(c * scores, labels).item())
+        parameters = [p for p in (layers[-1].weight, layers[-1].bias) if p is not None]
+        for parameter in parameters:
+            parameter.mul_(best)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        functional.reset_net(snn)
+    return best
+
+
+def _scores(snn: nn.Module, images: Tensor, encoder: nn.Module, chunk: int) -> Tensor:
+    """Class scores ``[N, K]``; time streams through in pieces."""
+    readout, total, left = resolve_readout(snn, "auto"), torch.zeros(()), encoder.T
+    functional.reset_net(snn)
+    while left:
+        steps = min(chunk, left)
+        scores = class_scores(snn(encoder.steps(images, steps)), len(images), readout)
+        total, left = total.to(scores) + steps * scores, left - steps
+    return scores if readout == "last" else total / encoder.T

@@ -64,8 +64,8 @@ def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") 
     """A dataclass from a mapping, nested ones too.
 
     Args:
-        kind: the dataclass; its fields may be numbers, text, paths, ``Literal``, tuples of one type, other
-            dataclasses, and unions of those.
+        kind: the dataclass; its fields may be numbers, text, paths, ``Literal``, tuples of one type,
+            mappings by name, other dataclasses, and unions of those.
         mapping: values by field name; a field without default must be there.
         where: named first in messages, such as the file.
         prefix: of the keys in messages.
@@ -96,6 +96,8 @@ def plain(value: object) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -143,6 +145,11 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
             raise ConfigError(f"{where}: {key} must be a list, as [{value}], got {value!r}")
         (item, _) = get_args(kind)
         return tuple(_value(item, part, where, f"{key}[{index}]") for index, part in enumerate(value))
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{where}: {key} must hold names and values, got {value!r}")
+        (_, item) = get_args(kind)
+        return {name: _value(item, part, where, f"{key}.{name}") for name, part in value.items()}
     fits = {
         types.NoneType: value is None,
         bool: isinstance(value, bool),

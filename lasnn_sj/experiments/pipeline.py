@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 from torch.utils.data import DataLoader
 
 from .. import models
 from ..analysis import inspection
 from ..analysis.spikes import spike_statistics
 from ..conversion.calibration import calibrate
-from ..conversion.convert import balance_thresholds, convert
+from ..conversion.convert import balance_thresholds, convert, scale_output
 from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..data.images import ImageData
 from ..distillation import Attention, CrossEntropy, LabelKD, Objective, SpikeKD
@@ -30,12 +33,14 @@ from ..runtime.files import check_settings
 from ..runtime.locks import FolderLock
 from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.evaluation import evaluate
+from ..training.options import TrainingOptions
 from ..training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32  # time steps of an evaluation in memory at once
 STAGES = ("teacher", "ann", "converted", "converted_10T", "start", "hybrid", "lasnn")
+UNTRAINED = ("teacher", "ann", "converted", "converted_10T", "calibrated", "start")
 NEEDS = {
     "converted": "ann", "converted_10T": "converted", "calibrated": "ann", "start": "converted",
     "hybrid": "start", "label_kd": "start", "spike_kd": "start", "lasnn": "start",
@@ -80,10 +85,15 @@ class Recipe:
         calibration_steps: time steps of threshold balancing.
         threshold_statistic: ``"max"`` or a percentile.
         threshold_scale: factor of the thresholds for stage 3 (the converted SNN itself has factor 1).
+        output_scale: multiply the output layer's weights by one factor before stage 3, so that its loss
+            begins low; see :func:`~lasnn_sj.conversion.scale_output`.
         epochs: of stage 3, the student's training by Adam; the baselines that train have the same.
-        lr: learning rate of stage 3.
+        lr: learning rate of stage 3 in its first epoch.
+        lr_schedule: learning rate over the epochs of stage 3: ``"constant"`` as in the paper, ``"linear"``
+            (``1 - e / E`` of it in epoch ``e`` of ``E``, from 0 on) or ``"cosine"``.
         batch: images of a training step in stage 3.
         weight_decay: of stage 3.
+        precision: of convolutions and linear layers in stage 3.
         validate_every: epochs between evaluations on the validation images, in every stage that trains.
         seed: of weights, order of the images, codes and dropout.
         workers: processes that load images.
@@ -110,10 +120,13 @@ class Recipe:
     calibration_steps: int = 2500
     threshold_statistic: Literal["max"] | float = "max"
     threshold_scale: float = 0.7
+    output_scale: bool = False
     epochs: int = 100
     lr: float = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     batch: int = 16
     weight_decay: float = 5e-4
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     validate_every: int = 1
     seed: int = 0
     workers: int = 0
@@ -136,14 +149,12 @@ class Pipeline:
 
     The stages are those of :data:`STAGES`, which :meth:`run` runs by itself, and the baselines
     ``"calibrated"`` (:func:`~lasnn_sj.conversion.calibration.calibrate`, at the recipe's ``T``),
-    ``"label_kd"`` (:class:`~lasnn_sj.distillation.LabelKD`) and ``"spike_kd"``
-    (:class:`~lasnn_sj.distillation.SpikeKD`), which have to be named.
+    ``"label_kd"`` (:class:`~lasnn_sj.distillation.objectives.LabelKD`) and ``"spike_kd"``
+    (:class:`~lasnn_sj.distillation.objectives.SpikeKD`), which have to be named.
 
     Raises:
         ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
         RuntimeError: several processes under torchrun.
-
-    A stage that has to run where another process works in the same folder raises a ``LockError``.
     """
 
     def __init__(
@@ -190,10 +201,7 @@ class Pipeline:
 
     def encoder(self, T: int | None = None) -> nn.Module:
         """The recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
-        T = T or self.recipe.T
-        if self.recipe.encoding == "direct":
-            return DirectEncoder(T)
-        return PoissonEncoder(T, torch.Generator(self.device).manual_seed(self.recipe.seed))
+        return build_encoder(self.recipe, self.device, T)
 
     def teacher(self) -> nn.Module:
         """Stage 1's network, trained, or the one that was given."""
@@ -205,40 +213,94 @@ class Pipeline:
         return self._load("teacher", self._build_teacher()).eval()
 
     def student(self, stage: str) -> nn.Module:
-        """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it."""
+        """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it.
+
+        What is not there yet is trained; ``"converted"`` and ``"start"`` are made without evaluating them.
+        """
         if stage == "ann" and self._ann is not None:
             return self._ann
-        self._stage(stage)
+        if stage in ("converted", "start"):
+            self._make(stage)
+        elif stage in TITLES:
+            self._stage(stage)
         net = self._build_ann()
         return self._load(stage, net if stage == "ann" else self._to_snn(net))
 
+    def train(self, row: str, objective: Objective) -> dict[str, float]:
+        """Train the start network with an objective, in a folder of its own beside the stages'.
+
+        Args:
+            row: name of the row.
+            objective: loss; it is given the pipeline's teacher if it needs one.
+
+        Returns:
+            The result, as of a stage in :meth:`run`; from its folder if it is there.
+
+        Raises:
+            ValueError: the name is that of a stage before the training, or the folder has a row of another
+                objective.
+        """
+        if folder_name(row) in UNTRAINED:
+            raise ValueError(f"{row!r} is the name of another stage; call the row something else")
+        folder = self.run_dir / folder_name(row)
+        folder.mkdir(exist_ok=True)
+        check_settings(folder / "objective.json", {"objective": repr(objective)})
+        path = files.inside(self.run_dir, f"{folder.name}/result.json")
+        result = files.read_json(path)
+        if result is None:
+            self._make("start")
+            teacher = self.teacher() if objective.needs_teacher else None
+            with FolderLock(folder):  # other rows may be trained by other processes
+                result = self._measure(path, lambda folder: self._train_snn(folder, objective, teacher))
+        return result
+
     def _stage(self, stage: str) -> dict[str, float]:
-        path = self.run_dir / stage / "result.json"
-        result = files.read_json(files.inside(self.run_dir, f"{stage}/result.json"))
-        if result is not None:
-            return result
-        with self._lock:
-            self._prepare(stage)
-            log.info("stage %s of %s", stage, self.run_dir)
-            path.parent.mkdir(exist_ok=True)
-            # What a stage gives must not depend on which others this process has run: calibration images
-            # are augmented.
-            random_state.seed_everything(self.recipe.seed)
-            with Cost(self.device) as cost:
-                result = getattr(self, f"_run_{stage}")(path.parent)
-            result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
-            files.write_json(path, result)
+        path = files.inside(self.run_dir, f"{stage}/result.json")
+        result = files.read_json(path)
+        if result is None:
+            with self._lock:
+                self._prepare(stage)
+                path.parent.mkdir(exist_ok=True)
+                result = self._measure(path, getattr(self, f"_run_{stage}"))
+        return result
+
+    def _measure(self, path: Path, run: Callable[[Path], dict]) -> dict:
+        """Run a stage or row and write its result."""
+        log.info("%s of %s", path.parent.name, self.run_dir)
+        # What a stage gives must not depend on which others this process has run: calibration images are
+        # augmented.
+        random_state.seed_everything(self.recipe.seed)
+        with Cost(self.device) as cost:
+            result = run(path.parent)
+        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
+        files.write_json(path, result)
         return result
 
     def _prepare(self, stage: str) -> None:
-        """Run what a stage needs first: its time is its own."""
+        """Make what a stage needs first: its time is its own."""
         if stage == "spike_kd" and self._snn_teacher is None:
             raise ValueError("the stage spike_kd needs an SNN that teaches: give Pipeline an snn_teacher")
         needed = NEEDS.get(stage)
-        if needed is not None and not (needed == "ann" and self._ann is not None):
-            self._stage(needed)
+        if needed == "ann" and self._ann is None:
+            self._stage("ann")
+        elif needed not in (None, "ann"):
+            self._make(needed)
         if stage in ("label_kd", "lasnn") and self._given is None:
             self._stage("teacher")
+
+    def _make(self, stage: str) -> None:
+        """Make the network of ``"converted"`` or ``"start"``, where its weights are not there yet."""
+        path, r = files.inside(self.run_dir, stage) / "weights.safetensors", self.recipe
+        if path.exists():
+            return
+        with self._lock:
+            before = self.student("converted" if stage == "start" else "ann")
+            path.parent.mkdir(exist_ok=True)
+            random_state.seed_everything(r.seed)
+            loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+            images, labels = (tensor.to(self.device) for tensor in next(iter(loader)))
+            make = self._make_converted if stage == "converted" else self._make_start
+            save_weights(path, make(before, images, labels, path.parent))
 
     def _run_teacher(self, folder: Path) -> dict[str, float]:
         r = self.recipe
@@ -258,19 +320,31 @@ class Pipeline:
         self._keep(folder, net)
         return result
 
-    def _run_converted(self, folder: Path) -> dict[str, float]:
-        r = self.recipe
-        snn = self._to_snn(self.student("ann"))
-        loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
-        images = next(iter(loader))[0].to(self.device)
+    def _make_converted(self, ann: nn.Module, images: Tensor, labels: Tensor, folder: Path) -> nn.Module:
+        r, snn = self.recipe, self._to_snn(ann)
         thresholds = balance_thresholds(
             snn, images, self.encoder(r.calibration_steps), r.threshold_statistic, progress=True
         )
         for node in _nodes(snn):
             node.leak = 1.0
-        self._keep(folder, snn)
         files.write_json(folder / "thresholds.json", thresholds)
-        return self._examine(snn)
+        return snn
+
+    def _make_start(self, snn: nn.Module, images: Tensor, labels: Tensor, folder: Path) -> nn.Module:
+        r = self.recipe
+        for node in _nodes(snn):
+            node.leak = r.leak
+            node.v_threshold *= r.threshold_scale
+        for module in snn.modules():
+            if isinstance(module, models.resnet.Block):
+                module.skip_scale.div_(r.threshold_scale)
+        if r.output_scale:
+            factor = scale_output(snn, images, labels, self.encoder())
+            log.info("output of %s times %.4g", folder, factor)
+        return snn
+
+    def _run_converted(self, folder: Path) -> dict[str, float]:
+        return self._examine(self.student("converted"))
 
     def _run_converted_10T(self, folder: Path) -> dict[str, float]:
         return self._examine(self.student("converted"), 10 * self.recipe.T)
@@ -283,16 +357,7 @@ class Pipeline:
         return self._examine(snn)
 
     def _run_start(self, folder: Path) -> dict[str, float]:
-        r = self.recipe
-        snn = self.student("converted")
-        for node in _nodes(snn):
-            node.leak = r.leak
-            node.v_threshold *= r.threshold_scale
-        for module in snn.modules():
-            if isinstance(module, models.resnet.Block):
-                module.skip_scale.div_(r.threshold_scale)
-        self._keep(folder, snn)
-        return self._examine(snn)
+        return self._examine(self.student("start"))
 
     def _run_hybrid(self, folder: Path) -> dict[str, float]:
         return self._train_snn(folder, CrossEntropy())
@@ -308,23 +373,24 @@ class Pipeline:
         return self._train_snn(folder, objective, self.teacher())
 
     def _train_snn(
-        self,
-        folder: Path,
-        objective: Objective,
-        teacher: nn.Module | None = None,
+        self, folder: Path, objective: Objective, teacher: nn.Module | None = None
     ) -> dict[str, float]:
         r = self.recipe
+        check_settings(folder / "objective.json", {"objective": repr(objective)})
         snn = self.student("start")
         train, validation = self._training(r.batch)
+        optimizer = Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay)
         trainer = Trainer(
             snn,
             objective,
             teacher=teacher,
             encoder=self.encoder(),
-            optimizer=Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay),
+            optimizer=optimizer,
+            scheduler=LambdaLR(optimizer, partial(lr_factor, r.lr_schedule, r.epochs)),
             run_dir=folder,
             device=self.device,
             seed=r.seed,
+            options=TrainingOptions(precision=r.precision),
         )
         history = trainer.fit(train, validation, r.epochs, r.validate_every)
         self._keep(folder, snn)
@@ -388,14 +454,41 @@ class Pipeline:
         save_weights(folder / "weights.safetensors", net)
 
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
-        path = self.run_dir / stage / "weights.safetensors"
+        path = self.run_dir / folder_name(stage) / "weights.safetensors"
         try:
             return load_weights(path, net)
         except CheckpointError as error:
+            if stage not in TITLES:
+                raise
             log.warning("%s; the stage %s is run again", error, stage)
-        (path.parent / "result.json").unlink(missing_ok=True)
-        self._stage(stage)
+        if stage in ("converted", "start"):
+            path.unlink(missing_ok=True)
+            self._make(stage)
+        else:
+            (path.parent / "result.json").unlink(missing_ok=True)
+            self._stage(stage)
         return load_weights(path, net)
+
+
+def build_encoder(recipe: Recipe, device: torch.device | str, T: int | None = None) -> nn.Module:
+    """A recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
+    T = T or recipe.T
+    if recipe.encoding == "direct":
+        return DirectEncoder(T)
+    return PoissonEncoder(T, torch.Generator(device).manual_seed(recipe.seed))
+
+
+def folder_name(row: str) -> str:
+    """Name of a row's folder: letters, digits, points and dashes, anything else as underscores."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", row).strip("_")
+
+
+def lr_factor(schedule: str, epochs: int, epoch: int) -> float:
+    """Factor of the learning rate in an epoch, 0 the first: 1, ``1 - epoch / epochs``, or half a cosine."""
+    progress = epoch / epochs
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[
+        schedule
+    ]
 
 
 def _nodes(snn: nn.Module) -> list[TimeLoopNode]:

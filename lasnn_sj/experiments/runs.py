@@ -33,7 +33,8 @@ LIMITS = {
     for names, words, fits in (
         ("seeds workers alpha weight_decay validation_images", "be at least 0", lambda n: n >= 0),
         ("T epochs batch teacher_epochs teacher_batch ann_epochs ann_batch validate_every calibration_images "
-         "calibration_steps classes per_class shrink", "be at least 1", lambda n: n >= 1),
+         "calibration_steps classes per_class shrink train_images test_images judged_images processes",
+         "be at least 1", lambda n: n >= 1),
         ("width teacher_width lr teacher_lr ann_lr gamma threshold_scale temperature default_temperature",
          "be above 0", lambda n: n > 0),
         ("dropout ratios", "lie in [0, 1)", lambda n: 0 <= n < 1),
@@ -138,8 +139,8 @@ class Run(ABC):
 
     @property
     @abstractmethod
-    def rows(self) -> list[str]:
-        """The trained students that the run is about."""
+    def students(self) -> list[str]:
+        """Rows whose trained students the run is about."""
 
     @abstractmethod
     def part(self, seed: int) -> pipeline.Pipeline | reverse.Study:
@@ -160,8 +161,8 @@ class Run(ABC):
     @abstractmethod
     def _encoder(self, seed: int) -> nn.Module | None: ...
 
-    @abstractmethod
-    def _table(self, results: Mapping[int, Mapping]) -> str: ...
+    def _table(self, results: Mapping[int, Mapping]) -> str:
+        raise NotImplementedError
 
     @abstractmethod
     def _row(self, folder: str) -> str | None:
@@ -225,7 +226,7 @@ class LaSNN(Run):
                     raise ValueError(f"{key}: there is no {name!r}{config.nearest(name, known)}")
 
     @property
-    def rows(self) -> list[str]:
+    def students(self) -> list[str]:
         return [stage for stage in self.stages if stage not in NO_STUDENT][-1:] or ["lasnn"]
 
     def part(self, seed: int) -> pipeline.Pipeline:
@@ -265,7 +266,7 @@ class _Reverse(Run):
     limits: ClassVar[Mapping[str, tuple]] = LIMITS | {"alpha": FRACTION}
 
     @property
-    def rows(self) -> list[str]:
+    def students(self) -> list[str]:
         sparse = [f"sparse {ratio:g}" for ratio in self.recipe.ratios]
         return ["alone", *sparse, *(["default"] if self.recipe.default else [])]
 
@@ -368,7 +369,11 @@ class ReverseOnEvents(_Reverse):
         return None
 
 
-METHODS: dict[str, type[Run]] = {kind.method: kind for kind in (LaSNN, ReverseOnImages, ReverseOnEvents)}
+def methods() -> dict[str, type[Run]]:
+    """What a YAML file can describe, by its ``method``."""
+    from .compare import Comparison
+
+    return {kind.method: kind for kind in (LaSNN, ReverseOnImages, ReverseOnEvents, Comparison)}
 
 
 def hold_out(loaded: ImageData | events.EventData, held_out: int | None) -> ImageData | events.EventData:
@@ -378,17 +383,18 @@ def hold_out(loaded: ImageData | events.EventData, held_out: int | None) -> Imag
 
 
 def read(path: str | Path) -> Run:
-    """The run that a YAML file describes; ``method`` says which of :data:`METHODS` it is.
+    """The run that a YAML file describes; ``method`` says which of :func:`methods` it is.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value in it is wrong; the message names it.
     """
     mapping = config.read(path)
     method = mapping.pop("method", None)
-    if method not in METHODS:
+    known = methods()
+    if method not in known:
         given = "no method" if method is None else f"method {method!r}, which there is not"
-        raise config.ConfigError(f"{path}: has {given}{config.nearest(str(method), list(METHODS))}")
-    return config.build(METHODS[method], mapping, str(path))
+        raise config.ConfigError(f"{path}: has {given}{config.nearest(str(method), list(known))}")
+    return config.build(known[method], mapping, str(path))
 
 
 def open_folder(run_dir: str | Path) -> tuple[Run, list[int]]:

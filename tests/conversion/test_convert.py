@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional, layer
 from torch import nn
 
 from lasnn_sj import models
-from lasnn_sj.conversion.convert import ConversionError, balance_thresholds, convert
+from lasnn_sj.conversion.convert import ConversionError, balance_thresholds, convert, scale_output
 from lasnn_sj.data import images as data
 from lasnn_sj.data.encoding import DirectEncoder, PoissonEncoder
 from lasnn_sj.neurons import IntegratorNode, LIFNode, TimeLoopNode
@@ -514,3 +514,36 @@ def test_conversion_alone_is_within_a_point_of_the_ann(name, image_size, epochs,
         snn_correct = int((potentials[-1].argmax(1) == y_test).sum())
     assert ann_correct >= 0.8 * tests
     assert abs(snn_correct - ann_correct) <= 0.01 * tests
+
+
+# ---- scale of the output ----
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 50])
+def test_the_output_is_scaled_by_the_best_of_forty_factors(chunk):
+    """Against a plain search, which scales the scores of one whole pass; decisions stay."""
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.Linear(6, 20, bias=False), nn.ReLU(), nn.Linear(20, 4, bias=False))
+    snn, images, labels = convert(ann), 2 * torch.rand(70, 6) - 1, torch.arange(70) % 4
+    with torch.no_grad():
+        snn(DirectEncoder(1)(images))
+        snn[0][2].weight.mul_(5)
+        functional.reset_net(snn)
+        weight, scores = snn[0][2].weight.clone(), snn(DirectEncoder(10)(images))[-1]
+        functional.reset_net(snn)
+    grid = [10 ** (-3 + 3 * i / 39) for i in range(40)]
+    losses = [F.cross_entropy(scores * factor, labels).item() for factor in grid]
+    found = scale_output(snn, images, labels, DirectEncoder(10), batch=32, chunk=chunk)
+    assert found == pytest.approx(grid[losses.index(min(losses))], rel=1e-5)
+    assert 1e-3 < found < 1
+    assert torch.equal(snn[0][2].weight, found * weight)
+    with torch.no_grad():
+        again = snn(DirectEncoder(10)(images))[-1]
+    torch.testing.assert_close(again, found * scores, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again.argmax(1), scores.argmax(1))
+
+
+def test_a_network_that_ends_in_neurons_has_no_output_to_scale():
+    net = nn.Sequential(layer.Linear(4, 2, step_mode="m"), LIFNode(step_mode="m"))
+    with pytest.raises(ValueError, match="Sequential does not end in a linear layer or convolution to scale"):
+        scale_output(net, torch.rand(3, 4), torch.tensor([0, 1, 0]), DirectEncoder(2))

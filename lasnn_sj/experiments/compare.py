@@ -1,0 +1,370 @@
+"""Methods of training compared on one student from one start, paired by seed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Subset
+from tyro.conf import Suppress
+
+from .. import models
+from ..analysis.inspection import environment
+from ..data import images as data
+from ..data.images import ImageData
+from ..distillation import Objective, parse_objective
+from ..runtime.files import check_settings, write
+from . import config, pipeline, runs, text
+from .jobs import default_processes, run_jobs
+from .run import ExperimentError
+
+log = logging.getLogger(__name__)
+
+START = "start (not trained)"
+Results = Mapping[str, Mapping[int, Mapping]]  # by row and seed
+COLUMNS = ("top1", "loss", "samples", "spikes_per_neuron", "seconds_per_epoch", "peak_memory_mib", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(runs.Run):
+    """Objectives compared: each row trains one student from one start, seed by seed.
+
+    A seed draws the training images, their order, augmentation and dropout; the start (conversion and
+    balancing on that seed's images) is made once for all its rows. Whatever is finished is not run again, and
+    what was cut off goes on; rows and seeds may be added.
+
+    Attributes:
+        recipe: student and settings; its seed is replaced by each of ``seeds``.
+        rows: objective of each row by name, such as ``{"LaSNN": "CrossEntropy() + Attention()"}``.
+        baseline: row that the others' gains are over.
+        gains: rows whose gain over another row than the baseline is shown too, such as
+            ``{"label KD + LaSNN": "label KD"}``.
+        judge: images that rows are judged on: ``"validation"``, and no test image is touched, or ``"test"``,
+            each once, when a row ends.
+        judged_images: how many of the validation and of the test images are evaluated; all if not given.
+        train_images: training images that each seed draws, in equal shares of each class; all but the
+            validation images if not given.
+        source: "cifar10", "cifar100", "tiny-imagenet", "digits", or an .npz file.
+        root: folder of the downloaded data set.
+        ann_weights: safetensors file of a trained intermediate ANN; without one it is trained first, once.
+        teacher_checkpoint: file of a trained ResNet-20 (the one of pytorch_resnet_cifar10); without one the
+            recipe's teacher is trained first, once, where a row needs it.
+        processes: rows that run at once; one for each core if not given, or one on a GPU.
+    """
+
+    method: ClassVar[str] = "compare"
+
+    recipe: pipeline.Recipe
+    rows: Suppress[dict[str, str]]
+    baseline: str
+    gains: Suppress[dict[str, str]] = field(default_factory=dict)
+    judge: Literal["validation", "test"] = "validation"
+    judged_images: int | None = None
+    train_images: int | None = None
+    source: str = "cifar10"
+    root: Path = Path("data")
+    ann_weights: Path | None = None
+    teacher_checkpoint: Path | None = None
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe.student not in runs.LASNN_STUDENTS:
+            known = config.nearest(self.recipe.student, runs.LASNN_STUDENTS)
+            raise ValueError(f"recipe.student: there is no {self.recipe.student!r}{known}")
+        if self.judge == "validation" and self.validation_images == 0:
+            raise ValueError("validation_images is 0, so that judge: validation has no images")
+        folders: dict[str, str] = {}
+        for row in self.rows:
+            self.objective(row)
+            other = folders.setdefault(pipeline.folder_name(row).casefold(), row)
+            if other != row or pipeline.folder_name(row) in (*pipeline.UNTRAINED, ""):
+                raise ValueError(f"rows: {row!r} needs another name, its folder's would be taken")
+        for key, name in (("baseline", self.baseline), *(("gains", n) for n in self.gains.items())):
+            for row in (name,) if isinstance(name, str) else name:
+                if row not in self.rows:
+                    raise ValueError(f"{key}: there is no row {row!r}{config.nearest(row, list(self.rows))}")
+
+    def objective(self, row: str) -> Objective:
+        """A row's objective."""
+        try:
+            return parse_objective(self.rows[row])
+        except ValueError as error:
+            raise ValueError(f"rows: {row}: {error}") from error
+
+    def run(self) -> dict[int, Mapping[str, Mapping[str, float]]]:
+        """Run all rows of all seeds; the table is written after each.
+
+        Returns:
+            Results by seed and row.
+
+        Raises:
+            ValueError: the folder holds a comparison with other settings, or a file or device is not there.
+            ExperimentError: rows that failed; the others are kept.
+        """
+        self._check_device()
+        facts = self._facts()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        check_settings(self.run_dir / "comparison.json", facts)
+        config.write(self.run_dir / runs.FILE, {"method": self.method} | config.plain(self))
+        processes = self.processes or default_processes([self.device])
+        self._teach(), self._ann  # trained once, before processes could each begin to
+        failed = {}
+        for phase in ([(seed, None) for seed in self.seeds],
+                      [(seed, row) for seed in self.seeds for row in (START, *self.rows)]):  # fmt: skip
+            for job, error in run_jobs(dataclasses.replace(self).work, phase, [self.device], processes):
+                if error is not None:
+                    failed[job] = error
+                if job[1] is not None:
+                    self._write()
+            if failed:
+                listed = "; ".join(f"{row or 'start'}, seed {s}: {why}" for (s, row), why in failed.items())
+                raise ExperimentError(
+                    f"{len(failed)} of {len(phase)} rows failed (the others are kept): {listed}"
+                )
+        results = self.results()
+        print(f"\n{self._write()}")
+        return {seed: {row: by_seed[seed] for row, by_seed in results.items()} for seed in self.seeds}
+
+    def work(self, job: tuple[int, str | None], device: str) -> None:
+        """Run a row of a seed, or with ``None`` make that seed's start."""
+        seed, row = job
+        part = self.part(seed)
+        if row is None:
+            part.student("start")
+        elif row == START:
+            part.run(["start"])
+        else:
+            part.train(row, self.objective(row))
+
+    def results(self) -> dict[str, dict[int, Mapping]]:
+        """Results that are there, by row and seed."""
+        found: dict[str, dict[int, Mapping]] = {}
+        for row in (START, *self.rows):
+            name = "start" if row == START else pipeline.folder_name(row)
+            paths = {seed: self.run_dir / f"seed{seed}" / name / "result.json" for seed in self.seeds}
+            found[row] = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+        return found
+
+    def part(self, seed: int) -> pipeline.Pipeline:
+        recipe = dataclasses.replace(self.recipe, seed=seed)
+        whole, folder = self.data, self.run_dir / f"seed{seed}"
+        if self.train_images is not None and self.train_images < len(whole.train):
+            _, drawn = data.stratified_split(data.labels_of(whole.train), self.train_images, seed)
+            whole = dataclasses.replace(whole, train=Subset(whole.train, drawn.tolist()))
+        return pipeline.Pipeline(
+            recipe, whole, folder, teacher=self._teach(), ann=self._ann, device=self.device
+        )
+
+    def title(self) -> str:
+        r, d = self.recipe, self.data
+        count = len(d.train) if self.train_images is None else self.train_images
+        return (
+            f"{r.student}, width {r.width:g}, T = {r.T}, {r.encoding} input; {d.name}, {count} training "
+            f"images, {r.epochs} epochs, learning rate {r.lr:g} ({r.lr_schedule}); judged on {len(d.test)} "
+            f"{self.judge} images"
+        )
+
+    @functools.cached_property
+    def _shared(self) -> pipeline.Pipeline:
+        """Teacher and intermediate ANN, of all seeds."""
+        teacher = None
+        if self.teacher_checkpoint is not None:
+            _must_be_there("teacher_checkpoint", self.teacher_checkpoint)
+            teacher = models.published_resnet20(self.teacher_checkpoint)
+        folder = self.run_dir / "shared"
+        return pipeline.Pipeline(
+            self.recipe, self.data, folder, teacher, self._given_ann(), device=self.device
+        )
+
+    def _teach(self) -> nn.Module | None:
+        needed = any(self.objective(row).needs_teacher for row in self.rows)
+        return self._shared.teacher() if needed else None
+
+    @functools.cached_property
+    def _ann(self) -> nn.Module:
+        return self._shared.student("ann")
+
+    def _given_ann(self) -> nn.Module | None:
+        if self.ann_weights is None:
+            return None
+        _must_be_there("ann_weights", self.ann_weights)
+        r, d = self.recipe, self.data
+        build = getattr(models, r.student)
+        ann = build(d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout)
+        try:
+            ann.load_state_dict(load_file(self.ann_weights))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"ann_weights: {self.ann_weights} does not hold {r.student} of width {r.width:g} ({error})"
+            ) from error
+        return ann
+
+    def _facts(self) -> dict[str, object]:
+        """Settings that all rows and seeds share; rows and seeds themselves may be added."""
+        own = config.plain(self)
+        free = ("rows", "baseline", "gains", "seeds", "run_dir", "device", "processes", "root", "source",
+                "ann_weights", "teacher_checkpoint")  # fmt: skip
+        files = {"ann": self.ann_weights, "teacher": self.teacher_checkpoint}
+        for key, path in files.items():
+            if path is not None:
+                _must_be_there("ann_weights" if key == "ann" else "teacher_checkpoint", path)
+        digests = {k: p and hashlib.sha256(p.read_bytes()).hexdigest()[:16] for k, p in files.items()}
+        return {k: v for k, v in own.items() if k not in free} | digests | {"data": self.data.name}
+
+    def _load(self) -> ImageData:
+        return data.load(self.source, self.root)
+
+    def _limit(self, loaded: ImageData) -> ImageData:
+        if self.judge == "validation":
+            loaded = dataclasses.replace(loaded, test=loaded.validation)
+        most = self.judged_images
+        if most is None:
+            return loaded
+        held = None if loaded.validation is None else min(most, len(loaded.validation))
+        return loaded.subset(test=min(most, len(loaded.test)), validation=held)
+
+    def _encoder(self, seed: int) -> nn.Module:
+        return pipeline.build_encoder(dataclasses.replace(self.recipe, seed=seed), self.device)
+
+    @property
+    def students(self) -> list[str]:
+        return list(self.rows)
+
+    def _row(self, folder: str) -> str | None:
+        return next((row for row in self.rows if pipeline.folder_name(row) == folder), None)
+
+    def _write(self) -> str:
+        """Write the table with what is finished: ``table.md``, ``.csv``, ``_curves.csv`` and ``.png``."""
+        results = self.results()
+        table = f"# Comparison\n\n{self.title()}\n\n{self.table(results)}\n{self._footer()}"
+        write(self.run_dir / "table.md", table)
+        self._write_csv(results)
+        try:
+            _plot(self, results, self.run_dir / "table.png")
+        except ImportError:
+            log.warning("no table.png, which needs matplotlib: pip install 'lasnn-sj[report]'")
+        return table
+
+    def table(self, results: Results) -> str:
+        """Markdown table of results by row and seed."""
+        head = ["row", "seeds", "top-1 %", f"gain over {self.baseline}", "time", "s/epoch", "peak MiB",
+                "spikes/neuron"]  # fmt: skip
+        if self.gains:
+            head.insert(4, "gain over another row")
+        lines = [head]
+        for row, by_seed in results.items():
+            found = list(by_seed.values())
+            ratios = paired(results, row, self.baseline, "seconds_per_epoch", lambda a, b: a / b)
+            line = [
+                row,
+                str(len(found)),
+                text.spread([r["top1"] for r in found]),
+                "" if row in (self.baseline, START) else _gain(paired(results, row, self.baseline)),
+                f"x {statistics.mean(ratios.values()):.2f}" if ratios else "",
+                text.mean([r.get("seconds_per_epoch") for r in found], ".1f"),
+                text.mean([r.get("peak_memory_mib") for r in found], ".0f"),
+                text.mean([r.get("spikes_per_neuron") for r in found], ".3f"),
+            ]
+            if self.gains:
+                other = self.gains.get(row)
+                line.insert(4, "" if other is None else f"{_gain(paired(results, row, other))} ({other})")
+            lines.append(line)
+        return text.markdown(lines)
+
+    def _footer(self) -> str:
+        where = environment(self.device)
+        versions, hardware = where["versions"], where["hardware"]
+        shown = ", ".join(
+            f"{k} {versions[k]}" for k in ("lasnn-sj", "torch", "spikingjelly") if k in versions
+        )
+        objectives = "\n".join(f"- {row}: `{objective}`" for row, objective in self.rows.items())
+        return (
+            f"\nTop-1: mean ± sample deviation over the seeds. Gains: mean of the differences by seed, with "
+            f"its 95 % t-interval. Time: of an epoch, in units of the baseline's. Peak memory: of the "
+            f"whole process, on a CPU.\n\n{objectives}\n\n`{where['command']}`; {shown}; "
+            f"{hardware.get('gpu', hardware['processor'])}, {hardware['cores']} cores.\n"
+        )
+
+    def _write_csv(self, results: Results) -> None:
+        with open(self.run_dir / "table.csv", "w", newline="") as file, \
+                open(self.run_dir / "table_curves.csv", "w", newline="") as curves:  # fmt: skip
+            table, over_time = csv.writer(file), csv.writer(curves)
+            table.writerow(("row", "seed", "gain", *COLUMNS, "judge", "objective"))
+            over_time.writerow(("row", "seed", "t", "top1"))
+            for row, by_seed in results.items():
+                gains = {} if row == START else paired(results, row, self.baseline)
+                for seed, result in by_seed.items():
+                    values = (result.get(column) for column in COLUMNS)
+                    table.writerow((row, seed, gains.get(seed), *values, self.judge, self.rows.get(row)))
+                    curve = enumerate(result.get("top1_over_time", ()), 1)
+                    over_time.writerows((row, seed, *point) for point in curve)
+
+
+def paired(
+    results: Results, row: str, other: str, key: str = "top1", of=lambda a, b: a - b
+) -> dict[int, float]:
+    """Differences of two rows in the seeds that both have, by seed."""
+    rows, others = results[row], results.get(other, {})
+    both = {s: (r.get(key), others[s].get(key)) for s, r in rows.items() if s in others}
+    return {seed: of(a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
+
+
+def _gain(gains: Mapping[int, float]) -> str:
+    if not gains:
+        return ""
+    values = list(gains.values())
+    half = text.interval(values)
+    return f"{statistics.mean(values):+.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def _must_be_there(key: str, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{key}: there is no file {path}")
+
+
+def _plot(run: Comparison, results: Results, path: Path) -> None:
+    """Gains with their intervals, and accuracy after each time step."""
+    from matplotlib.figure import Figure  # slow to import, needed only here
+
+    rows = [row for row in run.rows if results[row]]
+    figure = Figure(figsize=(12, 1.5 + 0.5 * max(6, len(rows))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = {row: f"C{number}" for number, row in enumerate(run.rows)}
+    shown = [row for row in rows if row != run.baseline and paired(results, row, run.baseline)]
+    for height, row in enumerate(reversed(shown)):
+        values = list(paired(results, row, run.baseline).values())
+        left.errorbar(
+            statistics.mean(values),
+            height,
+            xerr=text.interval(values),
+            fmt="o",
+            color=colours[row],
+            capsize=4,
+        )
+        left.plot(values, [height - 0.2] * len(values), "|", color=colours[row], alpha=0.6)
+    left.set_yticks(range(len(shown)), list(reversed(shown)))
+    left.set_ylim(-0.7, max(len(shown) - 0.3, 0.7))
+    left.axvline(0, color="gray", linewidth=1)
+    left.set(xlabel=f"top-1 gain over {run.baseline}, points (95 % interval; bars: seeds)")
+    for row in rows:
+        curves = torch.tensor([r["top1_over_time"] for r in results[row].values() if "top1_over_time" in r])
+        if len(curves):
+            right.plot(range(1, curves.shape[1] + 1), curves.mean(0), color=colours[row], label=row)
+    right.set(xlabel="time steps t", ylabel=f"top-1 %, {run.judge} images")
+    right.legend(fontsize="small")
+    figure.suptitle(run.title(), fontsize="small")
+    figure.savefig(path, dpi=120)

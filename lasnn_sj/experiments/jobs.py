@@ -1,0 +1,99 @@
+"""Jobs in several processes, each on a device of its own."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+
+from ..neurons import keep_freed_memory
+
+log = logging.getLogger(__name__)
+
+Job = TypeVar("Job")
+
+
+def run_jobs(
+    work: Callable[[Job, str], object], jobs: Sequence[Job], devices: Sequence[str], processes: int
+) -> Iterator[tuple[Job, str | None]]:
+    """Call ``work(job, device)`` for every job; one that fails does not stop the others.
+
+    Args:
+        work: called in this process where ``processes`` is 1, else in processes that are started anew, to
+            which it must be picklable.
+        jobs: arguments.
+        devices: dealt to the processes in turn.
+        processes: number of jobs that run at once. Each process gets an equal share of this one's threads.
+
+    Yields:
+        A job that is done, and its error as text or ``None``, in the order in which they end.
+    """
+    processes = min(processes, len(jobs))
+    if processes <= 1:
+        for job in jobs:
+            yield job, _attempt(work, job, devices[0])
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA and thread pools do not survive a fork
+    free = context.Queue()
+    for worker in range(processes):
+        free.put(devices[worker % len(devices)])
+    start = (work, free, max(1, torch.get_num_threads() // processes), os.getpid())
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=start) as pool:
+        futures = {pool.submit(_call, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def default_processes(devices: Sequence[str]) -> int:
+    """One process for each GPU, or for each core where there is only the CPU."""
+    return len(devices) if devices[0] != "cpu" else len(os.sched_getaffinity(0))
+
+
+_work: Callable[[object], str | None]  # of a worker process, set once when it starts
+
+
+def _start_worker(work: Callable, free: multiprocessing.Queue, threads: int, parent: int) -> None:
+    global _work
+    device = free.get()
+    torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s", datefmt="%H:%M:%S")
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+    def attempt(job: object) -> str | None:
+        return _attempt(work, job, device)
+
+    _work = attempt
+
+
+def _end_with(parent: int) -> None:
+    """Save and end when the process that gives the jobs is gone, or the next one would meet this one."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _call(job: object) -> str | None:
+    return _work(job)
+
+
+def _attempt(work: Callable[[Job, str], object], job: Job, device: str) -> str | None:
+    if device == "cpu":
+        keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
+    try:
+        work(job, device)
+    except Exception as error:  # one job must not take the others' hours with it
+        log.exception("%s failed", job)
+        return f"{type(error).__name__}: {error}"
+    return None
