@@ -21,7 +21,7 @@ from lasnn_sj.experiments import scales
 from lasnn_sj.experiments.pipeline import Pipeline
 from lasnn_sj.experiments.run import Place
 from lasnn_sj.experiments.tables import TABLES
-from lasnn_sj.neurons import keep_freed_memory
+from lasnn_sj.neurons import disable_malloc_trim
 
 RESULTS = Path(__file__).parent / "results"
 ROW = "cifar10/vgg5/lasnn/activation/vgg16/poisson-T100"
@@ -60,7 +60,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def main(run: Run) -> None:
     """Train, then tell."""
-    keep_freed_memory()
+    disable_malloc_trim()
     row = next(row for row in TABLES["II"].rows if row.name == ROW)
     place = Place("small", run.root, run.run_dir / "small", run.teacher_checkpoint, "cpu")
     jobs = {"none (hybrid)": ("hybrid", None)} | {f"{alpha:g}": ("lasnn", alpha) for alpha in run.alphas}

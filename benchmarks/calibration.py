@@ -18,7 +18,7 @@ import tyro
 from lasnn_sj import DirectEncoder, models
 from lasnn_sj.conversion.calibration import calibrate
 from lasnn_sj.data import images as data
-from lasnn_sj.neurons import keep_freed_memory
+from lasnn_sj.neurons import disable_malloc_trim
 from lasnn_sj.training.evaluation import evaluate
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +52,7 @@ class Run:
 def main(run: Run) -> None:
     """Evaluate the ANN, then both conversions for every T."""
     if run.device == "cpu":
-        keep_freed_memory()
+        disable_malloc_trim()
     cifar = data.load(run.source, run.root).subset(None, run.test_images)
     ann = models.published_resnet20(run.checkpoint).to(run.device)
     train, test = cifar.loaders(run.images, seed=run.seed)

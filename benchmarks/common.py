@@ -1,9 +1,10 @@
-"""What the benchmarks share: turns, medians, memory, the machine, tables, plots."""
+"""Shared by the benchmarks: turns, medians, the machine, tables."""
 
 from __future__ import annotations
 
 import csv
 import importlib.metadata
+import os
 import platform
 import random
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS_DIR") or Path(__file__).parent / "results")
 PACKAGES = ("torch", "spikingjelly", "numba", "cupy-cuda13x", "cupy-cuda12x", "snntorch", "norse")
 
 
@@ -41,10 +42,10 @@ def synchronize(device: str) -> None:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], device: str, runs: int) -> dict[str, list[float]]:
-    """Seconds of each call, one run of each in turn, so that drift hits all alike.
+    """Seconds of each call, one run of each in turn, so that drift affects all alike.
 
-    Each round has an order of its own: what came before leaves its data in the caches, or the next one's
-    out of them. Two runs of each come first and do not count. A call that fails is reported and left out.
+    Each round has a random order, because a call changes what is in the caches for the next one. Two runs of
+    each come first and do not count. A call that fails is reported and left out.
     """
     seconds: dict[str, list[float]] = {}
     for name, call in list(calls.items()):
@@ -54,7 +55,7 @@ def in_turns(calls: dict[str, Callable[[], object]], device: str, runs: int) -> 
             synchronize(device)
             seconds[name] = []
         except Exception as error:  # a peer that cannot run here must not end the comparison
-            print(f"  {name}: {type(error).__name__}: {error}")
+            print(f"  {name}: {type(error).__name__}: {error}", flush=True)
     shuffled = random.Random(0)
     for _ in range(runs):
         for name in shuffled.sample(list(seconds), len(seconds)):
@@ -78,10 +79,11 @@ def copy_seconds(elements: int, device: str) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def write(name: str, rows: list[dict]) -> Path:
-    """Rows to ``results/NAME.csv``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+def write(name: str, rows: list[dict], folder: Path | None = None) -> Path:
+    """Write rows to ``NAME.csv`` in a folder: ``RESULTS_DIR`` if set, else ``benchmarks/results``."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.csv"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, columns)
@@ -91,13 +93,13 @@ def write(name: str, rows: list[dict]) -> Path:
 
 
 def show(rows: list[dict], columns: Sequence[str]) -> None:
-    """Rows as a Markdown table on the terminal."""
+    """Print rows as a Markdown table."""
     cells = [list(columns)] + [[_text(row.get(c, "")) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for number, line in enumerate(cells):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
         if number == 0:
-            print("| " + " | ".join("-" * width for width in widths) + " |")
+            print("| " + " | ".join("-" * width for width in widths) + " |", flush=True)
 
 
 def _text(value: object) -> str:

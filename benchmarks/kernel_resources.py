@@ -22,6 +22,7 @@ from pathlib import Path
 import common
 
 from lasnn_sj.neurons import cuda
+from lasnn_sj.neurons.op import RESETS, SHAPES
 
 # Per multiprocessor: resident threads and blocks ("Technical Specifications per Compute Capability" of the
 # CUDA programming guide). Each has 65,536 registers in four partitions.
@@ -64,8 +65,10 @@ class Nvrtc:
         self.library.nvrtcGetSupportedArchs(archs)
         self.archs = list(archs)
 
-    def compile(self, source: str, kernels: list[str], arch: int) -> dict[str, Usage]:
-        """Compile kernels as CuPy does and return what each uses.
+    def compile(
+        self, source: str, kernels: list[str], arch: int, define: str | None = None
+    ) -> dict[str, Usage]:
+        """Compile kernels as CuPy does, with a further option if given, and return what each uses.
 
         Raises:
             RuntimeError: the source does not compile, or with a warning; the message is the log.
@@ -74,13 +77,8 @@ class Nvrtc:
         _check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"lif.cu", 0, None, None))
         for kernel in kernels:
             _check(lib.nvrtcAddNameExpression(program, kernel.encode()))
-        options = [
-            b"--std=c++17",
-            b"-ftz=true",
-            b"--device-as-default-execution-space",
-            b"--ptxas-options=-v",
-        ]
-        options.append(f"-arch=sm_{arch}".encode())
+        names = [*cuda.OPTIONS, "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v"]
+        options = [name.encode() for name in [*names, f"-arch=sm_{arch}", *([define] if define else [])]]
         status = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         size = ctypes.c_size_t()
         lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -98,6 +96,14 @@ class Nvrtc:
             usage[kernel] = reports[mangled.value.decode()]
         lib.nvrtcDestroyProgram(ctypes.byref(program))
         return usage
+
+
+def usage_of(library: Nvrtc, kernels: list[str], arch: int) -> dict[str, tuple[Usage, bool]]:
+    """Return what each kernel uses when launched, and whether it had to be compiled with more registers."""
+    first = library.compile(cuda.source(), kernels, arch)
+    spilled = [kernel for kernel, used in first.items() if used.stack_bytes]
+    again = library.compile(cuda.source(), spilled, arch, cuda.MORE_REGISTERS) if spilled else {}
+    return {kernel: (again.get(kernel, used), kernel in again) for kernel, used in first.items()}
 
 
 def _check(status: int) -> None:
@@ -154,7 +160,7 @@ def bytes_moved(kernel: str) -> tuple[float, float, float]:
     return 2 * size + 1 + size * fired, 4 * (3 + amap + at_start), 2 * size + 1 + fired / 8
 
 
-def row(kernel: str, arch: int, usage: Usage, bandwidth: float) -> dict[str, object]:
+def row(kernel: str, arch: int, usage: Usage, more_registers: bool, bandwidth: float) -> dict[str, object]:
     """A variant's row of the table."""
     direction, dtype, width, reset, shape, amap = NAME.fullmatch(kernel).groups()
     share = occupancy(usage.registers, arch)
@@ -164,9 +170,9 @@ def row(kernel: str, arch: int, usage: Usage, bandwidth: float) -> dict[str, obj
     in_flight = share * LIMITS[arch][0] * unroll(size, width) * width * (step - written)
     return {
         "kernel": kernel, "arch": f"sm_{arch}", "direction": direction, "dtype": dtype, "width": width,
-        "reset": ("paper", "soft", "hard")[int(reset)],
-        "shape": ("triangle", "atan", "sigmoid", "none")[int(shape)], "map": int(amap),
-        "registers": usage.registers, "stack_bytes": usage.stack_bytes, "spill_bytes": usage.spill_bytes,
+        "reset": RESETS[int(reset)], "shape": SHAPES[int(shape)], "map": int(amap),
+        "registers": usage.registers, "more_registers": more_registers,
+        "stack_bytes": usage.stack_bytes, "spill_bytes": usage.spill_bytes,
         "shared_bytes": usage.shared_bytes, "occupancy": share, "kib_ahead": in_flight / 1024,
         "bytes_per_neuron_step": step, "bytes_per_neuron": once, "least_bytes_per_neuron_step": least,
         "roofline_us": (step * T + once) * 1e6 / bandwidth * 1e6,
@@ -222,12 +228,13 @@ def main() -> None:
         library = next((lib for lib in libraries if arch in lib.archs), None)
         if library is None:
             sys.exit(f"no NVRTC at hand compiles for sm_{arch}; torch built with CUDA brings one")
-        usage = library.compile(cuda.source(), cuda.kernel_names()[:: a.every], arch)
-        rows += [row(kernel, arch, use, a.bandwidth) for kernel, use in usage.items()]
+        usage = usage_of(library, cuda.kernel_names()[:: a.every], arch)
+        rows += [row(kernel, arch, *use, a.bandwidth) for kernel, use in usage.items()]
     spilled = [r for r in rows if r["spill_bytes"] or r["stack_bytes"]]
     text = summary(rows, a.bandwidth)
     print(text)
-    print(f"{len(rows)} variants, {len(spilled)} with spills or a stack frame")
+    again = sum(r["more_registers"] for r in rows)
+    print(f"{len(rows)} variants, {len(spilled)} with spills or a stack frame, {again} compiled again")
     for r in spilled:
         print(f"  {r['kernel']} {r['arch']}: {r['spill_bytes']} bytes spilled, stack {r['stack_bytes']}")
     if a.every == 1:

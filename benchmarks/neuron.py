@@ -5,7 +5,7 @@
     python benchmarks/neuron.py --legacy-python ENV/bin/python
 
 All rows of a size run in turns in one process. On the CPU that process keeps freed memory for all of them
-(``neurons.keep_freed_memory()``, as a training on the CPU should), so that none pays for new pages;
+(``neurons.disable_malloc_trim()``, as a training on the CPU should), so that none pays for new pages;
 ``--fresh-memory`` leaves that to the C library. ``--legacy-python`` is the interpreter of an environment
 that holds ``spikingjelly==0.0.0.0.14`` (and CuPy, for its CuPy backend); its rows run in a process of
 their own, beside the others' turns. Prints a table and writes ``results/neuron_DEVICE.csv`` and ``.png``.
@@ -24,7 +24,7 @@ import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
-from lasnn_sj.neurons import LIFNode, accelerate, keep_freed_memory, use_backend
+from lasnn_sj.neurons import LIFNode, accelerate, disable_malloc_trim, use_backend
 
 SIZES = {
     "cpu": ((32, 524_288), (100, 20_000), (8, 262_144)),
@@ -216,19 +216,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--sizes", nargs="+", help="T and neurons, such as 32x4194304")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--legacy-python", help="interpreter with spikingjelly==0.0.0.0.14")
     parser.add_argument(
-        "--fresh-memory", action="store_true", help="on the CPU, without neurons.keep_freed_memory()"
+        "--fresh-memory", action="store_true", help="on the CPU, without neurons.disable_malloc_trim()"
     )
     arguments = parser.parse_args()
-    keeps_memory = arguments.device == "cpu" and not arguments.fresh_memory and keep_freed_memory()
+    keeps_memory = arguments.device == "cpu" and not arguments.fresh_memory and disable_malloc_trim()
     about = common.machine(arguments.device)
     print("; ".join(about.values()))
     rows = []
-    for T, n in SIZES[arguments.device]:
+    name = f"neuron_{arguments.device}" + ("_fresh_memory" if arguments.fresh_memory else "")
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes or ()]
+    for T, n in sizes or SIZES[arguments.device]:
         for dtype in arguments.dtypes:
-            print(f"\nT = {T}, {n:,} neurons, {dtype}")
+            print(f"\nT = {T}, {n:,} neurons, {dtype}", flush=True)
             new = measure(T, n, dtype, arguments.device, arguments.runs, arguments.legacy_python)
             columns = [
                 "what",
@@ -241,8 +244,8 @@ def main() -> None:
             ]
             common.show(new, [*columns, "of_copy_bandwidth"])
             rows += [row | {"keep_memory": keeps_memory} | about for row in new]
-    name = f"neuron_{arguments.device}" + ("_fresh_memory" if arguments.fresh_memory else "")
-    print(f"\n{common.write(name, rows)}")
+            path = common.write(name, rows)  # now, in case the rest is cut off
+    print(f"\n{path}")
     plot(rows, str(common.RESULTS / f"{name}.png"))
 
 

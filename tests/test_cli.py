@@ -291,7 +291,7 @@ def test_info_works_without_a_gpu(monkeypatch, capsys):
     cli.main(["info"])
     text = capsys.readouterr().out
     assert f"  torch          {torch.__version__.split('+')[0]}" in text
-    assert "  cpu            numba: the fastest there is for this device" in text
+    assert "  cpu            numba: the fastest for this device" in text
     assert "  cuda           none: this PyTorch" in text
     assert "  cuda           no device here; would be " in text
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import models
 from ..data import images as data
-from ..neurons import keep_freed_memory
+from ..neurons import disable_malloc_trim
 from ..runtime.files import check_settings
 from . import report, scales
 from .pipeline import Pipeline
@@ -312,7 +312,7 @@ def _work(place: Place, job: tuple[str, list[Row], int]) -> dict[tuple[str, int]
     what, rows, seed = job
     failed = {}
     if place.device == "cpu":
-        keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
+        disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
     for row in rows:
         try:
             if what == "teacher":

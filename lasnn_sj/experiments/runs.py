@@ -18,7 +18,7 @@ from ..data import events
 from ..data import images as data
 from ..data.encoding import DirectEncoder
 from ..data.images import ImageData
-from ..neurons import keep_freed_memory
+from ..neurons import disable_malloc_trim
 from ..runtime import files
 from ..training.evaluation import evaluate
 from . import config, pipeline, reverse
@@ -92,7 +92,7 @@ class Run(ABC):
         """
         self._check_device()
         if self.device == "cpu":
-            keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
+            disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
         parts = {seed: self.part(seed) for seed in self.seeds}  # raises where the folder is another run's
         config.write(self.run_dir / FILE, {"method": self.method} | config.plain(self))
         results = {}

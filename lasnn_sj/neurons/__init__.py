@@ -1,11 +1,11 @@
 """Spiking neurons: SpikingJelly nodes over one time-loop operation.
 
-This package knows nothing of the rest of ``lasnn_sj`` and can be used alone.
+This package imports nothing from the rest of ``lasnn_sj`` and can be used alone.
 """
 
 from .accelerate import AccelerationReport, accelerate, acceleration_report
 from .backends import BackendChoice, backend, use_backend
-from .memory import keep_freed_memory
+from .memory import disable_malloc_trim
 from .nodes import IFNode, IntegratorNode, LIFNode, TimeLoopNode
 from .surrogate import LinearSurrogate
 
@@ -20,6 +20,6 @@ __all__ = [
     "accelerate",
     "acceleration_report",
     "backend",
-    "keep_freed_memory",
+    "disable_malloc_trim",
     "use_backend",
 ]

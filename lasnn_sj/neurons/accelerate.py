@@ -1,4 +1,4 @@
-"""SpikingJelly's own IF and LIF neurons, in somebody's network, over our time loop."""
+"""Run SpikingJelly's own IF and LIF neurons of an existing network on this package's time loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class _StockNode(TimeLoopNode):
-    """What both accelerated nodes share; keeps the ``state_dict`` of the stock node, which is empty."""
+    """Base of both accelerated nodes. Its ``state_dict`` is that of the stock node: empty."""
 
     leak = 1.0
     get_extra_state = nn.Module.get_extra_state
@@ -39,7 +39,7 @@ class _StockNode(TimeLoopNode):
 
 
 class AcceleratedIFNode(_StockNode, neuron.IFNode):
-    """SpikingJelly's ``IFNode`` as :func:`accelerate` leaves it: the same numbers, run by our loop."""
+    """SpikingJelly's ``IFNode`` after :func:`accelerate`: the same results from this package's time loop."""
 
     @property
     def dynamics(self) -> Dynamics:
@@ -48,7 +48,7 @@ class AcceleratedIFNode(_StockNode, neuron.IFNode):
 
 
 class AcceleratedLIFNode(_StockNode, neuron.LIFNode):
-    """SpikingJelly's ``LIFNode`` as :func:`accelerate` leaves it: the same numbers, run by our loop."""
+    """SpikingJelly's ``LIFNode`` after :func:`accelerate`: the same results from this package's time loop."""
 
     @property
     def leak(self) -> float:
@@ -67,7 +67,7 @@ ACCELERATED = {neuron.IFNode: AcceleratedIFNode, neuron.LIFNode: AcceleratedLIFN
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """Names of the neurons that run over our loop, and of those that do not with the reason."""
+    """Names of the neurons that run on the time loop, and of the others with the reason for each."""
 
     accelerated: tuple[str, ...]
     left_alone: dict[str, str]
@@ -78,12 +78,12 @@ class AccelerationReport:
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Let SpikingJelly's stock ``IFNode`` and ``LIFNode`` run over our time loop, in place.
+    """Make SpikingJelly's stock ``IFNode`` and ``LIFNode`` run on the time loop, in place.
 
-    The node objects stay what and where they are (hooks, state, step mode, training flag, references
-    from elsewhere); only their class changes. Spikes are equal to rounding of the potential; gradients
-    to 1/255 of the surrogate's peak. Their state is float32 also for half-precision inputs. What is
-    left alone, and why, is logged and can be read from :func:`acceleration_report`.
+    Only the class of the node objects changes; hooks, state, step mode, training mode and references to them
+    stay. Spikes agree to rounding of the potential, gradients to 1/255 of the surrogate's peak. The state is
+    float32 for half-precision inputs too. Neurons that are left alone are logged with the reason; see
+    :func:`acceleration_report`.
 
     Args:
         model: a network, or a single neuron.
@@ -101,7 +101,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:
-    """Which of a model's neurons run over our time loop, and why the others do not."""
+    """Report which of a model's neurons run on the time loop, and why the others do not."""
     neurons = {
         name: module
         for name, module in model.named_modules()

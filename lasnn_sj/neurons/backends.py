@@ -1,4 +1,4 @@
-"""Which implementation runs the time loop, and why not a faster one."""
+"""Choice of the implementation that runs the time loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _log = logging.getLogger(__name__)
 
 
 class BackendChoice(NamedTuple):
-    """``name`` is ``"numba"``, ``"cupy"`` or ``"torch"``; ``reason`` says why no faster one runs."""
+    """Implementation that runs.
+
+    Attributes:
+        name: ``"numba"``, ``"cupy"`` or ``"torch"``.
+        reason: why no faster one runs.
+    """
 
     name: str
     reason: str
@@ -30,15 +35,15 @@ class BackendChoice(NamedTuple):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the ``with`` block every neuron of this process runs on ``name`` or raises.
+    """Run every neuron of this process on a backend, or raise, within a ``with`` block.
 
     Args:
         name: ``"torch"`` (plain PyTorch, the oracle), ``"numba"`` (CPU), ``"cupy"`` (CUDA), or
             ``"auto"``, the default: the fastest that can run.
 
     Raises:
-        ValueError: no such backend. In the block, ``RuntimeError`` where a neuron's device, dtype or
-            surrogate is not for the backend; the message says which.
+        ValueError: an unknown backend. In the block, ``RuntimeError`` for a neuron whose device, dtype or
+            surrogate the backend does not support; the message says which.
     """
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
@@ -55,15 +60,15 @@ def backend(
     surrogate: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> BackendChoice:
-    """What runs neurons here and now.
+    """Return the backend that runs neurons on a device, and why no faster one does.
 
     Args:
-        target: the input, or its device.
+        target: the neurons' input, or its device.
         surrogate: the neurons' surrogate; :class:`LinearSurrogate` by default.
-        dtype: of the input; that of ``target`` if it is a tensor, else float32.
+        dtype: of the input; by default that of ``target`` if it is a tensor, else float32.
 
     Raises:
-        RuntimeError: a backend was asked for by :func:`use_backend` that cannot run this.
+        RuntimeError: :func:`use_backend` selects a backend that cannot run this.
     """
     if isinstance(target, Tensor):
         device, dtype = target.device, dtype or target.dtype
@@ -73,7 +78,7 @@ def backend(
 
 
 def choose(device: torch.device, dtype: torch.dtype, surrogate: nn.Module) -> BackendChoice:
-    """:func:`backend` for what the operation knows."""
+    """Return the backend for a device, dtype and surrogate; see :func:`backend`."""
     forced = _forced
     if forced == "torch":
         return BackendChoice("torch", FORCED)
@@ -82,9 +87,9 @@ def choose(device: torch.device, dtype: torch.dtype, surrogate: nn.Module) -> Ba
     if forced not in ("auto", name):
         why_not = f"{forced} does not run on device {device}"
     if why_not is None:
-        return BackendChoice(name, "the fastest there is for this device")
+        return BackendChoice(name, "the fastest for this device")
     if forced != "auto":
-        raise RuntimeError(f"backend {forced!r} was asked for and cannot run: {why_not}")
+        raise RuntimeError(f"use_backend({forced!r}) cannot be met: {why_not}")
     return BackendChoice("torch", why_not)
 
 
@@ -92,7 +97,7 @@ def _why_no_kernel(
     name: str | None, device: torch.device, dtype: torch.dtype, surrogate: nn.Module
 ) -> str | None:
     if name is None:
-        return f"there is no kernel for device {device}"
+        return f"no kernel for device {device}"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels compute in float32 and do not take {dtype}"
     if kernel_form(surrogate, 1.0) is None:
@@ -118,6 +123,6 @@ def _warn(reason: str) -> None:
 
 
 def warn_once(choice: BackendChoice) -> None:
-    """Log, once per reason, that plain PyTorch runs the loop although nobody asked for it."""
+    """Log, once per reason, that plain PyTorch runs the loop without :func:`use_backend` asking for it."""
     if choice.reason != FORCED and not torch.compiler.is_compiling():
         _warn(choice.reason)

@@ -9,35 +9,40 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import (
+    ATAN_ANGLE,
     BACKWARD,
     FORWARD,
     NO_SLOPE,
+    SIGMOID_ANGLE,
     backward_kernel,
     backward_scratch,
     decoded,
     forward_kernel,
     forward_scratch,
 )
-from .dynamics import LoopParameters
+from .dynamics import LoopParameters, Reset, Shape
 from .lanes import HAS_HALVES, WIDTH
 from .layout import empty_bits, empty_sequence
 from .memory import advise_huge_pages
 from .threads import run
 
 BLOCK = 65536  # neurons that run together: their state fits the second-level cache
-EXTRAS_BLOCK = 1024  # the same with a mask or maps, which take up to 70 values a neuron
-LINE = 64  # neurons whose slope bytes fill a cache line: no two threads write into one
-SERIAL = 1 << 17  # neuron-steps below which handing out work costs more than it saves
-STREAM = 4 << 20  # bytes of a result above which it would not stay in the cache until it is read
+EXTRAS_BLOCK = 1024  # the same with a mask or maps, which take up to 70 values per neuron
+LINE = 64  # neurons whose slope bytes fill a cache line, so that no two threads write to the same line
+SERIAL = 1 << 17  # neuron-steps below which one thread is faster than several
+STREAM = 4 << 20  # bytes of a result above which it is evicted from the cache before it is read
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # in lanes.KINDS
 
 
 def _run(kernel: Callable[[int], None], record: np.dtype, n: int, T: int, scratch: int, *rest: float) -> int:
-    """The task of a layer of ``n`` neurons in all threads, in about four pieces each; what came out bad.
+    """Run a kernel on a layer of ``n`` neurons in all threads, about four pieces each.
 
     Args:
-        scratch: floats that a thread needs for itself.
-        rest: the record's fields after ``scratch_size``.
+        scratch: number of floats that each thread needs for itself.
+        rest: fields of the record after ``scratch_size``.
+
+    Returns:
+        The number of neurons whose state is not finite in the end.
     """
     threads = 1 if n * T < SERIAL else torch.get_num_threads()
     piece = n if threads == 1 else -(-n // (4 * threads * LINE)) * LINE
@@ -52,7 +57,7 @@ def _block(most: int, n: int) -> int:
 
 
 def _flat(t: Tensor | None, step: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """``t`` in the memory order of ``step``; copied only where it is not so yet."""
+    """Return ``t`` in the memory order of ``step``, copied only if it is not."""
     if t is None or (t.dtype == dtype and t.stride() == step.stride()):
         return t
     return torch.empty_like(step, dtype=dtype).copy_(t)
@@ -63,19 +68,20 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
 
 
 def _row_step(x: Tensor) -> int:
-    """How far apart in memory two steps of ``x`` begin; 0 where it is one step repeated."""
+    """Return the distance in memory between two steps of ``x``; 0 if it is one step repeated."""
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def _streamed(result: Tensor, n: int) -> bool:
-    """Whether a result is written past the cache: a large one, whose rows begin at a cache line."""
+    """Return whether a result is written past the cache: a large one whose rows begin at a cache line."""
     return result.nbytes >= STREAM and n % WIDTH == 0 and result.data_ptr() % (4 * WIDTH) == 0
 
 
 def _code(p: LoopParameters) -> int:
-    """How :func:`~.cpu_kernels.slope_byte` writes a step down."""
-    needs_distance = p.reset == 2 and not p.detach_reset and p.shape > 0
-    return p.shape + 2 if needs_distance else p.shape
+    """Return the code with which :func:`~.cpu_kernels.slope_byte` keeps a step."""
+    if p.reset == Reset.HARD and not p.detach_reset:
+        return {Shape.ATAN: ATAN_ANGLE, Shape.SIGMOID: SIGMOID_ANGLE}.get(p.shape, p.shape)
+    return p.shape
 
 
 def forward(
@@ -83,8 +89,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope, fired)``.
 
-    What is kept for the backward is empty where it is not asked for: ``slope``, a byte of
-    :func:`~.cpu_kernels.slope_byte` for each neuron and step, and ``fired``, a bit.
+    For the backward pass ``slope`` holds a byte of :func:`~.cpu_kernels.slope_byte` for each neuron and step,
+    and ``fired`` a bit; each is empty if it is not needed.
 
     Args:
         x: ``[T, N, ...]``, each step without gaps in memory, any stride between steps.
@@ -92,7 +98,7 @@ def forward(
         mask: ``[N, ...]`` or ``None``.
 
     Raises:
-        ValueError: the potential ends infinite or NaN, because ``x`` or ``v`` was.
+        ValueError: the final potential is infinite or NaN, because ``x`` or ``v`` is.
     """
     if x.dtype == torch.float16 and not HAS_HALVES:
         spikes, *rest = forward(x.to(torch.float32), v, mask, p)
@@ -119,7 +125,7 @@ def forward(
         p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, p.scale,
     )  # fmt: skip
     if bad:
-        raise ValueError("x (or the state v) holds NaN or infinity: the potential ends without a value")
+        raise ValueError("x (or the state v) holds NaN or infinity: the final potential is not finite")
     return spikes, v_T, rate, amap, slope, fired
 
 
@@ -135,7 +141,7 @@ def backward(
     p: LoopParameters,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v`` in ``slope``'s layout.
+    """Run the adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v`` in ``slope``'s layout.
 
     A gradient that is ``None`` counts as 0. ``fired`` may be ``None`` unless the reset is hard or
     ``g_map`` is given.
@@ -144,7 +150,7 @@ def backward(
         g_spikes = None if g_spikes is None else g_spikes.to(torch.float32)
         g_x, g_v0 = backward(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, p, torch.float32)
         return g_x.to(dtype), g_v0
-    if fired is None and (g_map is not None or p.reset == 2):
+    if fired is None and (g_map is not None or p.reset == Reset.HARD):
         raise ValueError("fired must be given for a hard reset and for g_map, got None")
     T, step = slope.shape[0], slope[0]
     n = step.numel()

@@ -1,13 +1,12 @@
 """The time loop as Numba kernels, :data:`~.lanes.WIDTH` neurons at a time.
 
-A block of neurons runs through all its time steps before the next block starts, so its state stays in
-the cache and each value of ``x`` is read from memory once. Memory is what limits the speed: what comes
-next is fetched while this is computed, and large results are streamed past the cache, which would read
-each line before it is written.
+A block of neurons runs through all its time steps before the next block starts, so its state stays in the
+cache and each value of ``x`` is read from memory once. Memory bandwidth limits the speed: the next inputs are
+prefetched, and large results are streamed past the cache, which would read each line before it is written.
 
-A kernel is compiled, in about a second, for each reset, surrogate and kind of input it is asked for, and
-kept on disk. Each thread of a layer calls it with the same task, a record of what there is to do, and
-takes pieces of the layer until none is left.
+A kernel is compiled at its first use, in about a second, for each reset, surrogate and kind of input, and
+cached on disk. Each thread calls it with the same task, a record that describes the layer, and takes pieces
+of the layer until none is left.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import numba
 import numpy as np
 from numba import types
 
-from . import lanes
-from .dynamics import TRACE_DECAY
+from . import dynamics, lanes
+from .dynamics import TRACE_DECAY, TRACE_STEPS, Reset, Shape
 from .lanes import (
     LINE,
     WIDTH,
@@ -47,11 +46,10 @@ from .lanes import (
     taken,
 )
 
-# Between the rows of a block: a power of two apart, they would get in each other's way in the cache.
+# Floats between the rows of a block: rows a power of two apart would evict each other from the cache.
 SKEW = 80
-AHEAD = 1024  # neurons from where they are asked for to where they are needed
-WINDOW = 64  # steps of the spike trace that the backward holds at a time
-MEMORY = 24  # steps after which a spike has left the trace: exp(-24) = 4e-11
+AHEAD = 1024  # neurons that are prefetched before they are used
+WINDOW = 64  # steps of the spike trace that the backward pass holds at a time
 
 ZERO, ONE, HALF, BYTE = np.float32(0), np.float32(1), np.float32(0.5), np.float32(255)
 FOUR, EIGHT, EIGHTH = np.float32(4), np.float32(8), np.float32(0.125)
@@ -60,11 +58,14 @@ DECAY = np.float32(TRACE_DECAY)
 E1, E2, E3, E4, E5 = np.array([-0.99999815, 0.49990605, -0.16589675, 0.03942258, -0.00555601], "f4")
 A0, A1, A2, A3 = np.array([1.27296395, -0.41473753, 0.19784118, -0.05627495], "f4")
 FAR = np.float32(1e6)
-NO_SLOPE = -1  # instead of a code: nothing is kept for a backward
+PAPER, SOFT, HARD = map(int, Reset)
+TRIANGLE, ATAN, SIGMOID, NO_SLOPE = map(int, Shape)
+ATAN_ANGLE, SIGMOID_ANGLE = NO_SLOPE + 1, NO_SLOPE + 2  # further codes of slope_byte
 
-# Numba's cache on disk looks at the file of the function that it compiled, and at what that encloses.
-_LANES = zlib.crc32(Path(lanes.__file__).read_bytes())
-_COUNTERS = "next seats bad "  # what threads count up together comes first
+# Numba's cache on disk notices changes of a kernel's own file and of the values that it encloses, not those
+# of the modules from which it takes constants and functions.
+_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, dynamics)))
+_COUNTERS = "next seats bad "  # shared counters come first
 _TO_DO = "n piece scratch scratch_size block T "
 NEXT, SEATS, BAD = range(3)
 
@@ -86,9 +87,9 @@ BACKWARD = _record(
 
 
 def c_function(function: Callable, record: np.dtype) -> Callable:
-    """``function(task)`` as a C function of the address of a record; it lets go of the GIL.
+    """Compile ``function(task)`` to a C function of a record's address that releases the GIL.
 
-    No fastmath: spikes must be those of the oracle bit for bit, so nothing may be reordered or fused.
+    Without fastmath: spikes must equal the oracle's bit for bit, so no operation may be reordered or fused.
     """
     kind = types.void(types.CPointer(numba.from_dtype(record)))
     try:
@@ -119,7 +120,7 @@ def fill(target, value, count):
 
 @inlined
 def put(pointer, numbers, streamed):
-    """Store, past the cache if ``streamed``."""
+    """Store numbers, past the cache if ``streamed``."""
     if streamed:
         stream(pointer, numbers)
     else:
@@ -148,26 +149,26 @@ def angle(t):
 
 @inlined
 def slope_byte(distance, code, scale):
-    """What is kept of each step: one byte that says how far the potential was from the threshold.
+    """Encode the distance of the potential from the threshold in one byte, for the backward pass.
 
-    Codes 0 to 2 are the surrogate's slope (triangle, atan, sigmoid) in 1/255 of its peak, rounded.
-    An attached hard reset needs the distance as well, which the slope hardly tells near its top. So
-    codes 3 and 4 (atan, sigmoid) are an angle ``phi``, 255 at 0 and 0 at ``pi/2``, of which slope and
+    ``TRIANGLE``, ``ATAN`` and ``SIGMOID`` are the surrogate's slope in 1/255 of its peak, rounded. An
+    attached hard reset needs the distance too, which the slope hardly resolves near its peak. ``ATAN_ANGLE``
+    and ``SIGMOID_ANGLE`` are therefore an angle ``phi``, 255 at 0 and 0 at ``pi/2``, of which slope and
     distance are smooth functions: the slope is ``cos(phi)^2`` of its peak.
 
     Returns:
-        A number that is truncated to the byte.
+        A number to be truncated to the byte.
     """
-    if code == 0:
+    if code == TRIANGLE:
         byte = BYTE + HALF - BYTE * scale * distance
         return select(byte > HALF, byte, HALF)
-    if code == 1:
+    if code == ATAN:
         z = scale * distance
         return BYTE / (ONE + z * z) + HALF
-    if code == 2:
+    if code == SIGMOID:
         e = exp_minus(scale * distance)  # beyond z = 8 the byte is 0
         return BYTE * FOUR * e / ((ONE + e) * (ONE + e)) + HALF
-    if code == 3:
+    if code == ATAN_ANGLE:
         z = scale * distance
         z = select(z > FAR, FAR, z)  # so that its square is finite; the byte is 0 there
         return angle(z / (ONE + root(ONE + z * z))) + HALF
@@ -177,44 +178,44 @@ def slope_byte(distance, code, scale):
 
 @lru_cache
 def decoded(code: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Slope (in 1/255 of its peak) and ``|v - v_threshold|`` for each byte of an attached hard reset."""
+    """Return slope (1/255 of its peak) and ``|v - v_threshold|`` for each byte of an attached hard reset."""
     byte = np.arange(256.0)
-    if code == 0:
+    if code == TRIANGLE:
         return byte.astype(np.float32), ((1 - byte / 255) / scale).astype(np.float32)
-    phi = np.pi / 2 * (1 - np.maximum(byte, 0.25) / 255)  # the distance of byte 0 has no upper end
+    phi = np.pi / 2 * (1 - np.maximum(byte, 0.25) / 255)  # the distance of byte 0 is not bounded
     slope = np.where(byte > 0, 255 * np.cos(phi) ** 2, 0)
-    z = np.tan(phi) if code == 3 else 4 * np.arctanh(np.tan(phi / 2))
+    z = np.tan(phi) if code == ATAN_ANGLE else 4 * np.arctanh(np.tan(phi / 2))
     return slope.astype(np.float32), (z / scale).astype(np.float32)
 
 
 @inlined
 def charge(x, state, reset, leak, gain, offset, theta, v_reset):
-    """One step: moves the state on; which neurons fire, and ``v - v_threshold``."""
+    """Advance the state by one step; return which neurons fire, and ``v - v_threshold``."""
     v = load(state)
-    if reset == 0:
+    if reset == PAPER:
         u = leak * v + (gain * load(x) + offset) - select(v > theta, theta, ZERO)
         fires = u > theta
         store(state, u)
     else:
         u = leak * v + (gain * load(x) + offset)
         fires = u >= theta
-        if reset == 1:
+        if reset == SOFT:
             store(state, u - select(fires, theta, ZERO))
         else:
-            # a product, so that an infinite u becomes NaN and is noticed instead of being reset
+            # a product, so that an infinite u becomes NaN and is detected instead of being reset
             o = select(fires, ONE, ZERO)
             store(state, (ONE - o) * u + o * v_reset)
     return fires, u - theta
 
 
 def forward_scratch(block: int, extras: bool) -> int:
-    """Floats of a thread that runs :func:`forward_kernel`."""
+    """Return the number of floats that a thread of :func:`forward_kernel` needs for itself."""
     return (5 if extras else 1) * (block + SKEW) + 3 * WIDTH
 
 
 @cache
 def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, streamed: bool) -> Callable:
-    """Runs pieces of a layer, of a :data:`FORWARD` task.
+    """Compile the kernel that runs pieces of a layer, for a :data:`FORWARD` task.
 
     Row ``t`` of ``x`` begins at ``t * x_step``, of ``spikes`` and ``slope`` at ``t * n``. ``mask``,
     ``rate``, ``amap`` and ``slope`` may be null. Adds to ``bad`` how many neurons end with a state that
@@ -224,14 +225,14 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
         kind: of ``x`` and ``spikes``, in :data:`~.lanes.KINDS`.
         reset: paper, soft, hard.
         code: of :func:`slope_byte`, or :data:`NO_SLOPE`.
-        extras: whether there is a mask, or a map is asked for.
+        extras: whether there is a mask, or a map is wanted.
         marks: whether ``fired`` is written, a bit for each neuron and step.
         streamed: whether results go past the cache; then ``n`` is a multiple of :data:`WIDTH`.
     """
-    lanes_source = _LANES
+    sources = _SOURCES
 
     def forward(pointer):
-        lanes_source  # noqa: B018 - enclosed, as part of the cache's key
+        sources  # noqa: B018 - enclosed, so that it is part of the cache's key
         task, counters = numba.carray(pointer, 1)[0], ints(address(pointer))
         x, spikes = sequence(task.x, kind), sequence(task.spikes, kind)
         slope, fired, v, v_T = bytes_(task.slope), bits(task.fired), floats(task.v), floats(task.v_T)
@@ -256,7 +257,9 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
             stop = min(start + piece, n)
             for a in range(start, stop, block):
                 m = min(block, stop - a)
-                fill(state, ZERO, row)  # beyond the last neuron too: what is kept has no chance in it
+                fill(
+                    state, ZERO, row
+                )  # beyond the last neuron too, so that slope and fired are deterministic
                 copy(state, at(v, a), m)
                 if extras:
                     fill(total, ZERO, 3 * row)
@@ -314,13 +317,13 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
 
 @inlined
 def traces_before(fired, window, trace, row, count, groups, t0, t1):
-    """Eq. 11's trace ``N[t]`` for ``t0 <= t < t1`` into the rows of ``window``.
+    """Compute Eq. 11's trace ``N[t]`` for ``t0 <= t < t1`` into the rows of ``window``.
 
-    Its recursion cannot be run backwards without loss, so it is run forwards again from ``MEMORY``
-    steps before, where what came earlier has decayed away.
+    Running its recursion backwards would amplify rounding, so it runs forwards again from ``TRACE_STEPS``
+    steps before; what came earlier has decayed to rounding.
     """
     fill(trace, ZERO, row)
-    for t in range(max(0, t0 - MEMORY), t1):
+    for t in range(max(0, t0 - TRACE_STEPS), t1):
         for c in range(0, count, WIDTH):
             o, before = load_bits(at(fired, t * groups + c // WIDTH)), load(at(trace, c))
             if t >= t0:
@@ -330,15 +333,15 @@ def traces_before(fired, window, trace, row, count, groups, t0, t1):
 
 @inlined
 def adjoint(go, byte, fired, gv, reset, carry, reset_gain, attached, peak, back, slope_of, away_of):
-    """One step backwards: the gradient of the potential of this step, from ``gv`` of the next.
+    """Run one step backwards: the gradient of this step's potential from ``gv`` of the next step.
 
-    ``carry`` is what of the later gradient reaches the state handed on, ``reset_gain`` what of it
-    reaches the spike through the reset (0 where the reset is detached). The ``v_reset - v`` of a hard
-    reset is found from the byte, which is even in ``v - v_threshold``, and the spike, which is its
-    sign; ``back`` is ``v_reset - v_threshold``.
+    ``carry`` is the share of the later gradient that reaches this step's state, ``reset_gain`` the share that
+    reaches its spike through the reset (0 if the reset is detached). The ``v_reset - v`` of a hard reset
+    follows from the byte, which gives ``|v - v_threshold|``, and the spike, which gives its sign; ``back`` is
+    ``v_reset - v_threshold``.
     """
     later = load(gv)
-    if reset != 2:
+    if reset != HARD:
         return carry * later + (go - reset_gain * later) * (peak * load(byte))
     o = select(load_bits(fired), ONE, ZERO)
     handed = carry * later
@@ -349,7 +352,7 @@ def adjoint(go, byte, fired, gv, reset, carry, reset_gain, attached, peak, back,
 
 
 def backward_scratch(block: int, extras: bool) -> int:
-    """Floats of a thread that runs :func:`backward_kernel`."""
+    """Return the number of floats that a thread of :func:`backward_kernel` needs for itself."""
     return (6 + WINDOW if extras else 1) * (block + SKEW) + 3 * WIDTH
 
 
@@ -357,23 +360,23 @@ def backward_scratch(block: int, extras: bool) -> int:
 def backward_kernel(
     kind: int, reset: int, code: int, attached: bool, extras: bool, streamed: bool
 ) -> Callable:
-    """Adjoint of :func:`forward_kernel`, of a :data:`BACKWARD` task.
+    """Compile the adjoint of :func:`forward_kernel`, for a :data:`BACKWARD` task.
 
-    ``g_spikes``, ``g_v``, ``g_rate``, ``g_map``, ``mask`` may be null, and ``fired`` unless the reset is
-    hard or ``g_map`` is there.
+    ``g_spikes``, ``g_v``, ``g_rate``, ``g_map``, ``mask`` may be null, and ``fired`` unless the reset is hard
+    or ``g_map`` is given.
 
     Args:
         kind: of ``g_spikes`` and ``g_x``, in :data:`~.lanes.KINDS`.
         reset: paper, soft, hard.
-        code: that ``slope`` was written with.
+        code: of :func:`slope_byte`, with which ``slope`` was written.
         attached: whether the gradient flows through the reset.
         extras: whether there is a mask, ``g_rate`` or ``g_map``, or no ``g_spikes``.
         streamed: whether ``g_x`` goes past the cache; then ``n`` is a multiple of :data:`WIDTH`.
     """
-    lanes_source = _LANES
+    sources = _SOURCES
 
     def backward(pointer):
-        lanes_source  # noqa: B018 - enclosed, as part of the cache's key
+        sources  # noqa: B018 - enclosed, so that it is part of the cache's key
         task, counters = numba.carray(pointer, 1)[0], ints(address(pointer))
         g, g_x, fired = sequence(task.g_spikes, kind), sequence(task.g_x, kind), bits(task.fired)
         slope, v0, g_v0 = bytes_(task.slope), floats(task.v0), floats(task.g_v0)
@@ -418,12 +421,12 @@ def backward_kernel(
                     if extras:
                         if has_map and (k == 0 or t % WINDOW == WINDOW - 1):
                             traces_before(at(fired, a // WIDTH), window, trace, row, m, groups, t0, t + 1)
-                    # The paper's state is the potential itself, so what arrives at the last one is its
-                    # own gradient; the other resets hand on what is left after the reset.
+                    # The paper's state is the potential before its reset, so the gradient of the last
+                    # state is the potential's own; with the other resets the state comes after the reset.
                     carry = leak if k else ONE
                     reset_gain = ZERO
                     if attached:
-                        reset_gain = theta * carry if reset == 1 else theta if k else ZERO
+                        reset_gain = theta * carry if reset == SOFT else theta if k else ZERO
                     for c in range(0, m, WIDTH):
                         here, g_here = t * n + a + c, t * g_step + a + c
                         in_g, in_g_x, in_slope = at(g, g_here), at(g_x, here), at(slope, here)
@@ -446,7 +449,7 @@ def backward_kernel(
                             elif has_g:
                                 go = go + load(in_g)
                             if has_map:
-                                # by its own spike, and by the trace of later ones
+                                # through its own spike, and through the trace of later ones
                                 go = go + load(at(mapped, c)) * load(at(window, (t - t0) * row + c))
                                 if through_trace:
                                     by_spike = select(load_bits(in_fired), load(at(mapped, c)), ZERO)
@@ -463,7 +466,7 @@ def backward_kernel(
                             copy(at(g_x, here), spare_g_x, m - c)
                 for i in range(m):
                     g_v0[a + i] = leak * gv[i]
-                if attached and reset == 0:  # the reset of the first step is by the state given
+                if attached and reset == PAPER:  # the given state v0 decides on the first step's reset
                     for c in range(0, m, WIDTH):
                         count = min(WIDTH, m - c)
                         distance = floats(spare)

@@ -1,8 +1,8 @@
-"""The time loop on CUDA: chooses a variant of the kernels in ``lif.cu`` and launches it through CuPy.
+"""The time loop on CUDA: selects a variant of the kernels in ``lif.cu`` and launches it through CuPy.
 
-Kernels run on torch's current stream of the tensor's device, without synchronising and without memory
-other than their outputs, so they can be captured into a CUDA graph. A variant is compiled when it is
-first used (about a second; CuPy keeps the result on disk), so run once before a capture.
+Kernels run on torch's current stream of the tensor's device. They do not synchronise and allocate nothing but
+their outputs, so they can be captured in a CUDA graph. A variant is compiled at its first use (about a
+second; CuPy caches the result on disk), so run once before a capture.
 
 CuPy compiles with ``-ftz=true``: potentials below 1.2e-38 count as 0.
 """
@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dynamics import LoopParameters
+from .dynamics import TRACE_DECAY, TRACE_STEPS, LoopParameters, Reset, Shape
 from .layout import empty_sequence
 
 THREADS = 128  # as in the kernels' __launch_bounds__
-BUSY = 512  # threads that each multiprocessor should have before a thread takes more neurons
+BUSY = 512  # threads that each multiprocessor should have before a thread runs more neurons
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-HARD, NO_SLOPE = 2, 3
+OPTIONS = ("--std=c++17",)
+MORE_REGISTERS = "-DMORE_REGISTERS"  # for variants that would spill otherwise; see lif.cu
 
-# The argument structures of lif.cu, field by field.
+# Argument structures of lif.cu.
 _FORWARD = np.dtype(
     [(name, np.uint64) for name in ("x", "v", "mask", "spikes", "v_T", "rate", "amap", "slope")]
     + [(name, np.int64) for name in ("T", "n", "x_step")]
@@ -50,13 +51,13 @@ class Launch(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """A raw stream the way CuPy's launch asks for it (its own classes changed names in CuPy 14)."""
+    """A raw stream in the form that CuPy's launch takes (its own classes changed names in CuPy 14)."""
 
     ptr: int
 
 
 def why_not(target: Tensor | torch.device) -> str | None:
-    """Why the CUDA kernels cannot run for this tensor or device; ``None`` where they can."""
+    """Return why the CUDA kernels cannot run for a tensor or device; ``None`` if they can."""
     device = target if isinstance(target, torch.device) else target.device
     if device.type != "cuda":
         return f"the CUDA kernels need a CUDA tensor, got one on {device}"
@@ -86,10 +87,10 @@ def forward(
         x: ``[T, N, ...]``, float32, bfloat16 or float16; each step without gaps in memory, any stride
             between steps, 0 too. ``spikes`` get its dtype and the layout of its steps.
         v: ``[N, ...]``, float32.
-        mask: ``[N, ...]`` or ``None``. A spike that it drops is written as -0.0.
+        mask: ``[N, ...]`` or ``None``. A spike that it removes is written as -0.0.
 
     ``slope`` is uint8, ``[T, N, ...]``, in 1/255 of the surrogate's peak; empty without
-    ``p.keep_slope``. NaN in ``x`` is not looked for: that would stall the device.
+    ``p.keep_slope``. ``x`` is not checked for NaN, which would stall the device.
     """
     step = x[0]
     outputs = (
@@ -117,7 +118,7 @@ def backward(
     p: LoopParameters,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v``, in ``slope``'s layout.
+    """Run the adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v``, in ``slope``'s layout.
 
     A gradient that is ``None`` counts as 0. ``spikes`` may be ``None`` unless the reset is hard or
     ``g_map`` is given.
@@ -148,11 +149,11 @@ def plan_forward(
     p: LoopParameters,
     processors: int,
 ) -> Launch:
-    """Variant and arguments of one forward launch; every tensor in the memory order of ``x[0]``."""
+    """Plan a forward launch: variant and arguments. All tensors are in the memory order of ``x[0]``."""
     T, n = x.shape[0], x[0].numel()
     x_step = x.stride(0) if T > 1 else 0
     width = _width(n, x_step, x.element_size(), processors, (x, v, mask, *outputs))
-    shape = p.shape if p.keep_slope else NO_SLOPE
+    shape = p.shape if p.keep_slope else Shape.NONE
     pointers = [_pointer(t) for t in (x, v, mask, *outputs)]
     numbers = (p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, p.scale)
     return Launch(
@@ -175,15 +176,15 @@ def plan_backward(
     p: LoopParameters,
     processors: int,
 ) -> Launch:
-    """Variant and arguments of one backward launch; every tensor in the memory order of ``slope[0]``."""
-    if spikes is None and (g_map is not None or p.reset == HARD):
+    """Plan a backward launch: variant and arguments. All tensors are in the memory order of ``slope[0]``."""
+    if spikes is None and (g_map is not None or p.reset == Reset.HARD):
         raise ValueError("spikes must be given for a hard reset and for g_map, got None")
     T, n = slope.shape[0], slope[0].numel()
     g_step = g_spikes.stride(0) if T > 1 else 0
     tensors = (g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, *outputs)
     width = _width(n, g_step, g_spikes.element_size(), processors, tensors)
-    # A detached reset never asks for potentials, and a soft one's need only the slope that was kept.
-    shape = NO_SLOPE if p.detach_reset or p.reset == 1 else p.shape
+    # A detached reset needs no potentials, an attached soft one only the slope.
+    shape = Shape.NONE if p.detach_reset or p.reset == Reset.SOFT else p.shape
     pointers = [_pointer(t) for t in tensors]
     numbers = (p.leak, p.gain, p.v_threshold, p.v_reset, p.scale, p.peak)
     switches = (not p.detach_reset, p.through_trace)
@@ -197,34 +198,38 @@ def plan_backward(
 def kernel_name(
     direction: str, dtype: torch.dtype, width: int, reset: int, shape: int, activation_map: bool
 ) -> str:
-    """C++ name of a variant, e.g. ``lif_forward<float, 4, 0, 0, 0>``."""
-    return f"lif_{direction}<{TYPES[dtype]}, {width}, {reset}, {shape}, {int(activation_map)}>"
+    """Return the C++ name of a variant, for example ``lif_forward<float, 4, 0, 0, 0>``."""
+    return f"lif_{direction}<{TYPES[dtype]}, {width}, {int(reset)}, {int(shape)}, {int(activation_map)}>"
 
 
 def widths(element_size: int) -> list[int]:
-    """Neurons that a thread may own, widest (16 bytes) first."""
+    """Return the numbers of neurons that a thread may run, widest (16 bytes) first."""
     return [w for w in (8, 4, 2, 1) if w * element_size <= 16]
 
 
 def kernel_names() -> list[str]:
-    """Every variant that :func:`forward` and :func:`backward` can ask for."""
+    """Return every variant that :func:`forward` and :func:`backward` can launch."""
     return [
         kernel_name(direction, dtype, width, reset, shape, activation_map)
         for direction, dtype, reset, shape, activation_map in product(
-            ("forward", "backward"), TYPES, range(3), range(4), (False, True)
+            ("forward", "backward"), TYPES, Reset, Shape, (False, True)
         )
-        if not (direction == "backward" and reset == 1 and shape != NO_SLOPE)
+        if not (direction == "backward" and reset == Reset.SOFT and shape != Shape.NONE)
         for width in widths(dtype.itemsize)
     ]
 
 
 def source() -> str:
-    """The CUDA source of all variants."""
-    return resources.files(__package__).joinpath("lif.cu").read_text(encoding="utf-8")
+    """Return the CUDA source of all variants: ``lif.cu`` after the constants that it uses."""
+    codes = ", ".join(f"{code.name} = {code.value}" for codes in (Reset, Shape) for code in codes)
+    constants = (
+        f"enum {{ {codes}, TRACE_STEPS = {TRACE_STEPS} }};\nconstexpr float TRACE_DECAY = {TRACE_DECAY!r}f;\n"
+    )
+    return constants + resources.files(__package__).joinpath("lif.cu").read_text(encoding="utf-8")
 
 
 def _width(n: int, row: int, element_size: int, processors: int, tensors: tuple[Tensor | None, ...]) -> int:
-    """Neurons per thread: as many as 16 bytes hold, if memory is aligned and the device stays busy."""
+    """Return the neurons per thread: what 16 bytes hold if memory is aligned and the device stays busy."""
     for width in widths(element_size):
         aligned = n % width == row % width == 0 and all(
             _pointer(t) % (width * t.element_size()) == 0 for t in tensors if t is not None
@@ -244,7 +249,7 @@ def _same_order(t: Tensor, step: Tensor) -> bool:
 
 
 def _as_step(t: Tensor | None, step: Tensor) -> Tensor | None:
-    """``t`` as float32 in the memory order of ``step``; copied only where it is not so yet."""
+    """Return ``t`` as float32 in the memory order of ``step``, copied only if it is not."""
     if t is None or (t.dtype == torch.float32 and _same_order(t, step)):
         return t
     return torch.empty_like(step, dtype=torch.float32).copy_(t)
@@ -259,9 +264,13 @@ def _processors(device: torch.device) -> int:
 def _compiled(kernel: str):
     import cupy
 
-    # CuPy keeps a compiled copy per device. A module per variant: nobody waits for the other 500.
-    module = cupy.RawModule(code=source(), options=("--std=c++17",), name_expressions=(kernel,))
-    return module.get_function(kernel)
+    def build(*options: str):
+        # CuPy keeps a copy for each device. One module for each variant, so that no other is compiled.
+        module = cupy.RawModule(code=source(), options=(*OPTIONS, *options), name_expressions=(kernel,))
+        return module.get_function(kernel)
+
+    function = build()
+    return build(MORE_REGISTERS) if function.local_size_bytes else function
 
 
 def _launch(launch: Launch, device: torch.device) -> None:

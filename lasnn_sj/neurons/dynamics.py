@@ -1,4 +1,4 @@
-"""The neuron equations in plain PyTorch: one step, the loop over time, the maps read from it.
+"""Neuron equations in plain PyTorch: one step, the loop over time, the maps.
 
 Every faster kernel in this package is tested against these functions.
 """
@@ -8,20 +8,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Surrogate = Callable[[Tensor], Tensor]
-TRACE_DECAY = math.exp(-1.0)
+TRACE_DECAY = math.exp(-1.0)  # of the spike trace in a step, Eq. 11
+# Steps of the trace that the kernels' backward computes again: older spikes add exp(-17) / (1 - exp(-1)) =
+# 7e-8 at most, which is rounding in float32. CUDA's window of 32 bits holds these and the 16 steps that it
+# reads ahead.
+TRACE_STEPS = 16
+
+
+class Reset(IntEnum):
+    """Code of :attr:`Dynamics.reset` in the kernels."""
+
+    PAPER = 0
+    SOFT = 1
+    HARD = 2
+
+
+class Shape(IntEnum):
+    """Code of :attr:`.surrogate.KernelForm.shape` in the kernels; ``NONE`` if no slope is kept."""
+
+    TRIANGLE = 0
+    ATAN = 1
+    SIGMOID = 2
+    NONE = 3
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What is fixed while one layer of neurons runs.
+    """Constants of a layer of neurons.
 
-    ``reset`` names the three forms in use; with ``c[t] = gain * x[t] + offset``:
+    ``reset`` selects one of three forms; with ``c[t] = gain * x[t] + offset``:
 
     - ``"paper"`` (LaSNN, Eq. 1-2): ``v[t] = leak * v[t-1] + c[t] - v_threshold * o[t-1]`` and
       ``o[t] = 1 if v[t] > v_threshold else 0``. The state handed on is ``v[t]``, before its reset.
@@ -50,11 +72,11 @@ class Dynamics:
 
 
 class LoopParameters(NamedTuple):
-    """What the kernels are told, as plain numbers.
+    """Parameters of the kernels as plain numbers.
 
-    The surrogate is ``peak * shape(scale * |v - v_threshold|)`` (see ``surrogate.KernelForm``) with
-    shape 0 triangle, 1 atan, 2 sigmoid; ``reset`` is 0 paper, 1 soft, 2 hard. With ``keep_slope``
-    false (no gradient is wanted) no slope bytes are written.
+    The surrogate is ``peak * shape(scale * |v - v_threshold|)`` (see ``surrogate.KernelForm``); ``shape`` is
+    a :class:`Shape` and ``reset`` a :class:`Reset`. Without ``keep_slope`` (no gradient is wanted) no slope
+    bytes are written.
     """
 
     leak: float
@@ -74,12 +96,12 @@ class LoopParameters(NamedTuple):
 
     @property
     def keep_fired(self) -> bool:
-        """Whether the backward asks which neurons fired: else the slope is enough."""
-        return self.keep_slope and (self.reset == 2 or self.activation_map)
+        """Whether the backward pass needs to know which neurons fired, not only the slope."""
+        return self.keep_slope and (self.reset == Reset.HARD or self.activation_map)
 
 
 class LoopResult(NamedTuple):
-    """What a run over time gives; the maps are ``None`` unless they were asked for.
+    """Results of a run over time; the maps are ``None`` unless they were asked for.
 
     Shape:
         - spikes: ``[T, N, ...]``, in the input's dtype, times the dropout mask if one was given
@@ -95,9 +117,9 @@ class LoopResult(NamedTuple):
 
 
 def fire(v: Tensor, dynamics: Dynamics, surrogate: Surrogate) -> Tensor:
-    """Spikes of the potentials ``v``, differentiable through ``surrogate`` (Eq. 2, 14, 15).
+    """Compute the spikes of potentials ``v``, differentiable through ``surrogate`` (Eq. 2, 14, 15).
 
-    A surrogate whose attribute ``relative`` is true is given ``v / v_threshold - 1``, any other
+    A surrogate whose attribute ``relative`` is true takes ``v / v_threshold - 1``, any other
     ``v - v_threshold`` as in SpikingJelly.
     """
     distance = v - dynamics.v_threshold
@@ -105,17 +127,17 @@ def fire(v: Tensor, dynamics: Dynamics, surrogate: Surrogate) -> Tensor:
         distance = distance / dynamics.v_threshold
     spikes = surrogate(distance)
     if dynamics.reset == "paper" and getattr(surrogate, "spiking", True):
-        # Eq. 2 is strict where SpikingJelly's surrogates fire at equality; only the value changes.
+        # Eq. 2 is strict, SpikingJelly's surrogates fire at equality too; this changes only the value.
         spikes = spikes + ((v > dynamics.v_threshold).to(spikes) - spikes).detach()
     return spikes
 
 
 def step(x: Tensor, v: Tensor, dynamics: Dynamics, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-    """One step of the neuron: ``(spikes, state)`` from the input ``x`` and the state before it.
+    """Run one step of the neuron: ``(spikes, state)`` from the input ``x`` and the previous state.
 
     Args:
         x: weighted input of this step, ``[N, ...]``.
-        v: state handed on by the step before, same shape, float32 or float64.
+        v: state after the previous step, same shape, float32 or float64.
     """
     d = dynamics
     x = x.to(v.dtype)
@@ -134,7 +156,7 @@ def step(x: Tensor, v: Tensor, dynamics: Dynamics, surrogate: Surrogate) -> tupl
 
 
 def decay_trace(trace: Tensor, spikes: Tensor) -> Tensor:
-    """Trace of earlier spikes, Eq. 11's inner sum: ``N[t] = exp(-1) * (N[t-1] + o[t-1])``."""
+    """Advance the trace of earlier spikes, Eq. 11's inner sum: ``N[t] = exp(-1) * (N[t-1] + o[t-1])``."""
     return TRACE_DECAY * (trace + spikes)
 
 
@@ -148,12 +170,12 @@ def run(
     activation_map: bool = False,
     through_trace: bool = False,
 ) -> LoopResult:
-    """The loop over time, as autograd sees it.
+    """Run the loop over time in operations that autograd differentiates.
 
     Args:
         x: weighted inputs, ``[T, N, ...]``.
         v: state before the first step, ``[N, ...]``.
-        mask: dropout mask shared by all steps, ``[N, ...]``; multiplies the spikes handed on.
+        mask: dropout mask shared by all steps, ``[N, ...]``; multiplies the spikes that are returned.
         firing_rate: also return the mean of the spikes over time.
         activation_map: also return the mean over time of ``N[t] * o[t]``.
         through_trace: let the activation map's gradient also reach earlier spikes through ``N``.

@@ -1,12 +1,12 @@
-"""Sixteen float32 at once in Numba kernels, and the memory they come from.
+"""Vectors of sixteen float32 in Numba kernels, and access to memory.
 
-Whether a loop becomes vector instructions is LLVM's guess; an expression of :data:`LANES`, such as
-``leak * v + x``, is vector instructions by construction (several shorter ones where the processor's are
-shorter). No operation is reordered or fused, so each lane has the bits of the scalar expression.
+LLVM may or may not turn a loop into vector instructions; an expression of :data:`LANES`, such as ``leak * v +
+x``, is vector instructions by construction (several shorter ones if the processor's are shorter). No
+operation is reordered or fused, so each lane has the bits of the scalar expression.
 
-Memory is given by pointers, not arrays: counting references to arrays would wait for streamed stores.
-What a pointer points to says how a lane is stored: :data:`FLOATS`, :data:`BYTES` (0 to 255),
-:data:`HALVES` (float16) or :data:`BFLOATS` (bfloat16, of which Numba knows nothing).
+Memory is accessed through pointers, not arrays: counting references to arrays would wait for streamed stores.
+The pointer's type says how a lane is stored: :data:`FLOATS`, :data:`BYTES` (0 to 255), :data:`HALVES`
+(float16) or :data:`BFLOATS` (bfloat16, which Numba does not have).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BIT, _I8, _I16, _I32, _I64 = map(ir.IntType, (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
 _FLOAT_LANES = ir.VectorType(_F32, WIDTH)
 _features = llvmlite.binding.get_host_cpu_features()
-# Else LLVM would call a function for each number, and there is none.
+# Without these instructions LLVM would call a conversion function, which is not there.
 HAS_HALVES = _features.get("f16c", not llvmlite.binding.get_process_triple().startswith("x86"))
 
 
@@ -46,7 +46,7 @@ class Lanes(types.Type):
         super().__init__(f"Lanes({of})")
 
     def can_convert_from(self, typing, other):
-        """A float32 in an expression stands for sixteen of it."""
+        """Let a float32 in an expression stand for sixteen copies of it."""
         return Conversion.safe if self.of == "float" and other == types.float32 else None
 
 
@@ -67,7 +67,7 @@ def _broadcast(context, builder, source, target, value):
 
 
 def _define(function: Callable, result: Lanes, arguments: int, build: Callable) -> None:
-    """Let ``function`` take lanes; ``build(builder, *lanes)`` emits it."""
+    """Overload ``function`` for lanes; ``build(builder, *lanes)`` emits its instructions."""
 
     class Template(AbstractTemplate):
         def generic(self, args, kws):
@@ -97,13 +97,13 @@ def _call(builder, name, argument):
 
 @intrinsic
 def root(typing, a):
-    """The square root of each lane."""
+    """Return the square root of each lane."""
     return LANES(LANES), lambda context, builder, _, given: _call(builder, "llvm.sqrt.v16f32", *given)
 
 
 @intrinsic
 def select(typing, condition, a, b):
-    """``a`` where the condition holds, else ``b``."""
+    """Return ``a`` where the condition holds, else ``b``."""
     return LANES(CONDITIONS, LANES, LANES), lambda context, builder, _, given: builder.select(*given)
 
 
@@ -112,7 +112,7 @@ def select(typing, condition, a, b):
 
 @intrinsic
 def at(typing, pointer, index):
-    """The pointer to ``pointer[index]``."""
+    """Return the pointer to ``pointer[index]``."""
     return pointer(pointer, types.int64), lambda context, builder, _, given: builder.gep(given[0], [given[1]])
 
 
@@ -132,7 +132,7 @@ floats, bytes_, ints, bits = map(_pointer_to, (FLOATS, BYTES, INTS, BITS))  # fr
 
 @intrinsic(prefer_literal=True)
 def sequence(typing, address, kind):
-    """The pointer, from an address, to numbers of ``KINDS[kind]``, a constant."""
+    """Return the pointer to numbers of ``KINDS[kind]``, a constant, at an address."""
     pointer = KINDS[kind.literal_value]
 
     def build(context, builder, _, given):
@@ -143,7 +143,7 @@ def sequence(typing, address, kind):
 
 @intrinsic
 def address(typing, pointer):
-    """The pointer as a number, 0 where there is no such tensor."""
+    """Return the pointer as a number, 0 for a null pointer."""
     return types.int64(pointer), lambda context, builder, _, given: builder.ptrtoint(given[0], _I64)
 
 
@@ -157,7 +157,7 @@ def _read(builder, pointer, element):
 
 @intrinsic
 def load(typing, pointer):
-    """Sixteen numbers from where they are stored, in any of the four ways."""
+    """Load sixteen numbers that are stored in any of the four ways."""
 
     def build(context, builder, _, given):
         if pointer == FLOATS:
@@ -175,7 +175,7 @@ def load(typing, pointer):
 
 @intrinsic
 def load_bits(typing, pointer):
-    """Sixteen conditions, a bit each."""
+    """Load sixteen conditions, a bit each."""
 
     def build(context, builder, _, given):
         return builder.bitcast(builder.load(given[0], align=2), _vector(_BIT))
@@ -185,7 +185,7 @@ def load_bits(typing, pointer):
 
 @intrinsic
 def store_bits(typing, pointer, conditions):
-    """Sixteen conditions, a bit each."""
+    """Store sixteen conditions, a bit each."""
 
     def build(context, builder, _, given):
         builder.store(builder.bitcast(given[1], _I16), given[0], align=2)
@@ -195,14 +195,14 @@ def store_bits(typing, pointer, conditions):
 
 
 def _as_stored(builder, pointer, lanes):
-    """Lanes as :func:`store` writes them."""
+    """Convert lanes to the type that :func:`store` writes."""
     if pointer == FLOATS:
         return lanes
     if pointer == BYTES:
         return builder.trunc(builder.fptosi(lanes, _vector(_I32)), _vector(_I8))
     if pointer == HALVES:
         return builder.fptrunc(lanes, _vector(ir.HalfType()))
-    # to the nearest bfloat16, halfway to the even one; NaN keeps its upper bits, of which one is set
+    # round to the nearest bfloat16, ties to even; a NaN keeps its upper bits, one of which is set
     ones, half = (_vector(_I32)([number] * WIDTH) for number in (1, 0x7FFF))
     sixteen, quiet = (_vector(_I32)([number] * WIDTH) for number in (16, 0x400000))
     bits = builder.bitcast(lanes, _vector(_I32))
@@ -227,9 +227,9 @@ def _storing(streamed: bool) -> Callable:
         return types.void(pointer, LANES), build
 
     store.__doc__ = (
-        """Sixteen numbers past the cache, to an address that is a multiple of their bytes."""
+        """Store sixteen numbers past the cache, at an address that is a multiple of their size."""
         if streamed
-        else """Sixteen numbers as the pointer says; to bytes they are truncated."""
+        else """Store sixteen numbers as the pointer's type says; bytes are truncated."""
     )
     return intrinsic(store)
 
@@ -239,7 +239,7 @@ store, stream = _storing(False), _storing(True)
 
 @intrinsic
 def looked_up(typing, table, pointer):
-    """``table[byte]`` for sixteen bytes."""
+    """Return ``table[byte]`` for sixteen bytes."""
 
     def build(context, builder, _, given):
         indices = builder.zext(_read(builder, given[1], _I8), _vector(_I64))
@@ -254,7 +254,7 @@ def looked_up(typing, table, pointer):
 
 @intrinsic
 def fetch(typing, pointer):
-    """Ask for the cache line at ``pointer``, without waiting for it."""
+    """Prefetch the cache line at ``pointer``."""
 
     def build(context, builder, _, given):
         byte_pointer = _I8.as_pointer()
@@ -269,7 +269,7 @@ def fetch(typing, pointer):
 
 @intrinsic
 def finish_streams(typing):
-    """Wait until what was streamed can be seen by other threads."""
+    """Wait until streamed stores are visible to other threads."""
 
     def build(context, builder, _, given):
         builder.fence("seq_cst")
@@ -280,7 +280,7 @@ def finish_streams(typing):
 
 @intrinsic
 def taken(typing, pointer, amount):
-    """``pointer[0] += amount`` that no other thread comes between; the value before."""
+    """Run ``pointer[0] += amount`` atomically and return the value before."""
 
     def build(context, builder, _, given):
         return builder.atomic_rmw("add", *given, "seq_cst")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_gapless(t: Tensor) -> bool:
-    """Whether ``t`` fills one block of memory, each element once, its dimensions in any order."""
+    """Return whether ``t`` fills one block of memory, each element once, its dimensions in any order."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
         if stride != expected:
@@ -17,7 +17,7 @@ def is_gapless(t: Tensor) -> bool:
 
 
 def is_time_major(x: Tensor) -> bool:
-    """Whether each step ``x[t]`` is gapless and the steps follow each other or are all the same."""
+    """Return whether each step ``x[t]`` is gapless and the steps follow each other or are all the same."""
     if x.is_contiguous() or x.numel() == 0:
         return True
     far_enough = x.shape[0] == 1 or x.stride(0) == 0 or x.stride(0) >= x[0].numel()
@@ -25,11 +25,11 @@ def is_time_major(x: Tensor) -> bool:
 
 
 def empty_sequence(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for ``x.shape``, every step laid out as a step of ``x``, without gaps."""
+    """Allocate a sequence of ``x.shape`` without gaps, every step in the memory order of a step of ``x``."""
     step = x[0]
     return torch.empty_strided(x.shape, (step.numel(), *step.stride()), dtype=dtype, device=x.device)
 
 
 def empty_bits(x: Tensor) -> Tensor:
-    """Uninitialised memory for a bit of each element of ``x``, ``[T, words of 16 bits]``."""
+    """Allocate a bit for each element of ``x``: int16 ``[T, number of 16-bit words]``."""
     return x.new_empty((x.shape[0], (x.shape[1:].numel() + 15) // 16), dtype=torch.int16)

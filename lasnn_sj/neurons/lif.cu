@@ -1,10 +1,11 @@
-// The time loop on CUDA. One thread owns W neighbouring neurons and walks through all T steps, its
-// state in registers. What costs memory traffic or much arithmetic is a template parameter, so that the
-// loops have no branch; what costs one multiplication is a number (0 switches it off).
+// The time loop on CUDA. One thread runs W neighbouring neurons through all T steps and keeps their state in
+// registers. Whatever costs memory traffic or much arithmetic is a template parameter, so that the loops have
+// no branch; whatever costs one multiplication is a number (0 turns it off).
 //
-// Nothing is included: NVRTC compiles this file alone, and tests/neurons/cuda_host.h lets g++ do so.
+// cuda.py puts the constants of dynamics.py in front: the codes of RESET and SHAPE, TRACE_DECAY and
+// TRACE_STEPS. Nothing is included; tests/neurons/cuda_host.h lets g++ compile this file.
 //
-//   RESET  0 paper, 1 soft, 2 hard          SHAPE  0 triangle, 1 atan, 2 sigmoid, 3 no slope is kept
+//   RESET  PAPER, SOFT, HARD                SHAPE  TRIANGLE, ATAN, SIGMOID, or NONE: no slope is kept
 //   MAP    1: with the activation map       W      neurons of a thread, one access of W * sizeof(T) bytes
 
 #ifndef LIF_HOST
@@ -34,7 +35,7 @@ __device__ inline void from_float(float x, BFloat16& y) {
     y.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// A spike that dropout drops is written as -0.0, so "fired" is "any bit is set".
+// A spike that dropout removes is written as -0.0, so a neuron fired where any bit is set.
 __device__ inline bool fired(float x) { return __float_as_uint(x) != 0; }
 __device__ inline bool fired(Float16 x) { return x.bits != 0; }
 __device__ inline bool fired(BFloat16 x) { return x.bits != 0; }
@@ -54,7 +55,7 @@ template <class T, int W> __device__ inline Pack<T, W> load(const void* base, lo
 template <class T, int W> __device__ inline void store(void* base, long long index, const Pack<T, W>& p) {
     *reinterpret_cast<Pack<T, W>*>(static_cast<T*>(base) + index) = p;
 }
-// W slopes in one register or two, where a Pack would be spread over W.
+// W slopes in one register or two; a Pack would take W registers.
 template <int W> struct BytesOf { using Word = unsigned; };
 template <> struct BytesOf<1> { using Word = unsigned char; };
 template <> struct BytesOf<2> { using Word = unsigned short; };
@@ -65,7 +66,7 @@ template <int W> __device__ inline Bytes<W> load_bytes(const void* base, long lo
     return *reinterpret_cast<const Bytes<W>*>(static_cast<const unsigned char*>(base) + index);
 }
 
-// One value per neuron, or ``other`` where there is no such tensor.
+// One value per neuron, or ``other`` if the tensor is null.
 template <int W> __device__ inline Pack<float, W> load_or(const void* base, long long i, float other) {
     Pack<float, W> p;
     if (base) return load<float, W>(base, i);
@@ -74,17 +75,15 @@ template <int W> __device__ inline Pack<float, W> load_or(const void* base, long
     return p;
 }
 
-// Steps read ahead: enough bytes in flight where few threads run, few enough registers where many do.
+// Steps read ahead. Narrow threads read more steps ahead to have enough bytes in flight; wide ones would
+// need too many registers.
 template <class T, int W>
 constexpr int UNROLL = sizeof(T) * W >= 16 ? 4 : sizeof(T) * W >= 8 ? 8 : 16;
 
-constexpr float DECAY = 0.36787944117144233f;  // exp(-1), Eq. 11
-constexpr int MEMORY = 16;  // steps after which a spike has left the trace: exp(-17) / (1 - 1/e) = 7e-8
-
 // The surrogate's slope over its peak, at z = scale * |v - v_threshold|.
 template <int SHAPE> __device__ inline float shape_of(float z) {
-    if (SHAPE == 0) return fmaxf(0.0f, 1.0f - z);
-    if (SHAPE == 1) return __fdividef(1.0f, 1.0f + z * z);
+    if (SHAPE == TRIANGLE) return fmaxf(0.0f, 1.0f - z);
+    if (SHAPE == ATAN) return __fdividef(1.0f, 1.0f + z * z);
     const float e = __expf(-z);
     return __fdividef(4.0f * e, (1.0f + e) * (1.0f + e));
 }
@@ -92,11 +91,19 @@ template <int SHAPE> __device__ inline float shape_of(float z) {
 // Its inverse, from the byte kept.
 template <int SHAPE> __device__ inline float z_of(unsigned char byte) {
     const float s = fmaxf(byte, 0.5f) * (1.0f / 255.0f);  // at byte 0 z is only ever multiplied by 0
-    if (SHAPE == 0) return 1.0f - s;
-    if (SHAPE == 1) return sqrtf(fmaxf(0.0f, 1.0f / s - 1.0f));
+    if (SHAPE == TRIANGLE) return 1.0f - s;
+    if (SHAPE == ATAN) return sqrtf(fmaxf(0.0f, 1.0f / s - 1.0f));
     const float r = sqrtf(fmaxf(0.0f, 1.0f - s));
     return 2.0f * __logf(1.0f + r) - __logf(s);
 }
+
+// The compiler spills a few registers of some variants to make room for one more block. cuda.py compiles these
+// again with MORE_REGISTERS, which asks for room for two blocks only and so leaves a thread all 255 registers.
+#ifdef MORE_REGISTERS
+#define BOUNDS __launch_bounds__(128, 2)
+#else
+#define BOUNDS __launch_bounds__(128)
+#endif
 
 struct ForwardArgs {
     const void *x, *v, *mask;                    // mask may be null
@@ -106,7 +113,7 @@ struct ForwardArgs {
 };
 
 template <class T, int W, int RESET, int SHAPE, int MAP>
-__global__ void __launch_bounds__(128) lif_forward(const ForwardArgs a) {
+__global__ void BOUNDS lif_forward(const ForwardArgs a) {
     constexpr int U = UNROLL<T, W>;
     const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= a.n) return;
@@ -144,29 +151,29 @@ __global__ void __launch_bounds__(128) lif_forward(const ForwardArgs a) {
                 // The intrinsics keep the compiler from fusing: spikes equal the oracle's bit for bit.
                 const float c = __fadd_rn(__fmul_rn(a.gain, to_float(x[u].at[k])), a.offset);
                 float now = __fadd_rn(__fmul_rn(a.leak, v.at[k]), c);
-                if (RESET == 0) now = __fsub_rn(now, v.at[k] > theta ? theta : 0.0f);
-                const bool o = RESET == 0 ? now > theta : now >= theta;
+                if (RESET == PAPER) now = __fsub_rn(now, v.at[k] > theta ? theta : 0.0f);
+                const bool o = RESET == PAPER ? now > theta : now >= theta;
                 const float spike = o ? 1.0f : 0.0f;
                 if (o) out.at[k] = word.at[k];
                 else from_float(0.0f, out.at[k]);
-                if (SHAPE < 3) {
+                if (SHAPE != NONE) {
                     // 1.5 * 2^23 + s has the integer nearest to s in its lowest bits
                     const float s = 255.0f * shape_of<SHAPE>(a.scale * fabsf(now - theta));
                     slope.at[k] = (unsigned char)__float_as_uint(__fadd_rn(s, 12582912.0f));
                 }
-                if (RESET == 1) now = __fsub_rn(now, o ? theta : 0.0f);
+                if (RESET == SOFT) now = __fsub_rn(now, o ? theta : 0.0f);
                 // products, so that an infinite potential becomes NaN and is not reset away
-                if (RESET == 2) now = __fadd_rn(__fmul_rn(1.0f - spike, now), __fmul_rn(spike, a.v_reset));
+                if (RESET == HARD) now = __fadd_rn(__fmul_rn(1.0f - spike, now), __fmul_rn(spike, a.v_reset));
                 v.at[k] = now;
                 total.at[k] = __fadd_rn(total.at[k], spike);
                 if (MAP) {
                     mapped.at[k] = __fadd_rn(mapped.at[k], __fmul_rn(trace[k], spike));
-                    trace[k] = __fmul_rn(DECAY, __fadd_rn(trace[k], spike));
+                    trace[k] = __fmul_rn(TRACE_DECAY, __fadd_rn(trace[k], spike));
                 }
             }
             const long long at = (t0 + u) * a.n + i;
             store<T, W>(a.spikes, at, out);
-            if (SHAPE < 3) store<unsigned char, W>(a.slope, at, slope);
+            if (SHAPE != NONE) store<unsigned char, W>(a.slope, at, slope);
         }
     }
 #pragma unroll
@@ -180,30 +187,30 @@ __global__ void __launch_bounds__(128) lif_forward(const ForwardArgs a) {
 }
 
 struct BackwardArgs {
-    const void *g_spikes, *g_v, *g_rate, *g_map;  // of these only g_spikes must be there
+    const void *g_spikes, *g_v, *g_rate, *g_map;  // all but g_spikes may be null
     const void *spikes, *slope, *v0, *mask;       // spikes: with MAP or a hard reset
     void *g_x, *g_v0;
     long long T, n, g_step;                       // g_step: elements between two steps of g_spikes
     float leak, gain, v_threshold, v_reset, scale, peak;
-    float attached;       // 1: the reset hands gradients on
-    float through_trace;  // 1: so does the trace of the activation map
+    float attached;       // 1: gradients flow through the reset
+    float through_trace;  // 1: and through the trace of the activation map
 };
 
-// The adjoint of lif_forward, from the last step to the first. SHAPE is 3 where the reset is detached:
-// only an attached reset asks for potentials, which are then found from the slope and the side.
+// The adjoint of lif_forward, from the last step to the first. SHAPE is NONE if the reset is detached: only
+// an attached reset needs potentials, which follow from the slope and the side of the threshold.
 template <class T, int W, int RESET, int SHAPE, int MAP>
-__global__ void __launch_bounds__(128) lif_backward(const BackwardArgs a) {
+__global__ void BOUNDS lif_backward(const BackwardArgs a) {
     constexpr int U = UNROLL<T, W>;
-    constexpr bool SPIKES = MAP || RESET == 2;
-    constexpr int BEFORE = MAP ? MEMORY : 0;  // spikes are read this many steps ahead of their turn
+    constexpr bool SPIKES = MAP || RESET == HARD;
+    constexpr int BEFORE = MAP ? TRACE_STEPS : 0;  // spikes are read this many steps before they are used
     const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= a.n) return;
     const int steps = (int)a.T;
     const float s_unit = a.peak / 255.0f;
-    const float reset_gain = RESET == 2 ? a.attached : a.attached * a.v_threshold;
+    const float reset_gain = RESET == HARD ? a.attached : a.attached * a.v_threshold;
     const float z_unit = 1.0f / a.scale;
 
-    Pack<float, W> handed = load_or<W>(a.g_v, i, 0.0f);  // gradient of the state that a step hands on
+    Pack<float, W> handed = load_or<W>(a.g_v, i, 0.0f);  // gradient of the state after a step
     const Pack<float, W> mask = load_or<W>(a.mask, i, 1.0f);
     Pack<float, W> constant = load_or<W>(a.g_rate, i, 0.0f);
     Pack<float, W> map = load_or<W>(a.g_map, i, 0.0f);
@@ -270,15 +277,15 @@ __global__ void __launch_bounds__(128) lif_backward(const BackwardArgs a) {
         // Neuron by neuron, which needs few registers; the gradients of x take the place of g.
 #pragma unroll
         for (int k = 0; k < W; ++k) {
-            // The trace's recursion loses everything when run backwards, so it runs forwards from
-            // MEMORY steps before, where what came earlier has decayed away.
+            // Running the trace's recursion backwards would amplify rounding, so it runs forwards from
+            // TRACE_STEPS steps before; what came earlier has decayed to rounding.
             float trace[U];
             if (MAP) {
                 float n_t = 0.0f;
 #pragma unroll
                 for (int j = 0; j < BEFORE + U; ++j) {
                     if (j >= BEFORE) trace[j - BEFORE] = n_t;
-                    n_t = DECAY * (n_t + (window[k] >> j & 1u ? 1.0f : 0.0f));
+                    n_t = TRACE_DECAY * (n_t + (window[k] >> j & 1u ? 1.0f : 0.0f));
                 }
             }
 #pragma unroll
@@ -288,18 +295,18 @@ __global__ void __launch_bounds__(128) lif_backward(const BackwardArgs a) {
                 float go = to_float(g[u].at[k]) * mask.at[k] + constant.at[k];
                 if (MAP) {
                     go += map.at[k] * trace[u] + ahead[k];
-                    ahead[k] = DECAY * (ahead[k] + (o ? a.through_trace * map.at[k] : 0.0f));
+                    ahead[k] = TRACE_DECAY * (ahead[k] + (o ? a.through_trace * map.at[k] : 0.0f));
                 }
                 const unsigned char byte = (unsigned char)(slope[u] >> 8 * k);
                 const float s = s_unit * (float)byte;
                 float gv;
-                if (RESET == 0) {
+                if (RESET == PAPER) {
                     gv = handed.at[k] + (go - reset[k]) * s;
                     reset[k] = reset_gain * gv;
-                } else if (RESET == 1) {
+                } else if (RESET == SOFT) {
                     gv = handed.at[k] + (go - reset_gain * handed.at[k]) * s;
                 } else {
-                    if (SHAPE < 3) {
+                    if (SHAPE != NONE) {
                         const float distance = z_unit * z_of<SHAPE>(byte);
                         const float v = a.v_threshold + (o ? distance : -distance);
                         go += reset_gain * (a.v_reset - v) * handed.at[k];
@@ -314,7 +321,7 @@ __global__ void __launch_bounds__(128) lif_backward(const BackwardArgs a) {
         for (int u = 0; u < U; ++u)
             if (t0 + u < steps) store<T, W>(a.g_x, (t0 + u) * a.n + i, g[u]);
     }
-    if (RESET == 0 && SHAPE < 3) {
+    if (RESET == PAPER && SHAPE != NONE) {
         const Pack<float, W> v0 = load<float, W>(a.v0, i);
 #pragma unroll
         for (int k = 0; k < W; ++k) {

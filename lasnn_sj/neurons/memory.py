@@ -1,7 +1,7 @@
-"""What fresh memory costs on the CPU, and how to pay less.
+"""Memory of large CPU tensors: huge pages, and reuse of freed blocks.
 
-The C library returns every large freed block to the system, so each new ``[T, N, ...]`` tensor is
-mapped anew, page by page: for the time loop that takes several times longer than its arithmetic.
+The C library returns every large freed block to the system, so the pages of each new ``[T, N, ...]`` tensor
+are mapped again. For the time loop that takes several times longer than its arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def advise_huge_pages(t: Tensor) -> Tensor:
-    """Ask for 2 MiB pages behind a new CPU tensor, before it is written; a hint, no more."""
+    """Ask the kernel for 2 MiB pages for a new CPU tensor that is not written yet; a hint."""
     start = -(-t.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (t.data_ptr() + t.nbytes - start) // HUGE_PAGE * HUGE_PAGE
     if _libc is not None and length > 0:
@@ -26,11 +26,11 @@ def advise_huge_pages(t: Tensor) -> Tensor:
     return t
 
 
-def keep_freed_memory() -> bool:
-    """Let the whole process reuse freed memory instead of returning it to the system.
+def disable_malloc_trim() -> bool:
+    """Turn off malloc's trimming, so that the process reuses freed memory instead of returning it.
 
-    Worth calling once, before training on the CPU: it speeds up whatever makes large tensors, not
-    only neurons. The process then stays at its peak memory until it ends.
+    Call it once before training on the CPU: it speeds up everything that allocates large tensors, not only
+    neurons. The process then keeps its peak memory until it ends.
 
     Returns:
         Whether it took effect; ``False`` where the C library is not glibc.

@@ -14,12 +14,12 @@ State = tuple[object, ...]
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
-    """Potentials are kept in float32 even where the input has half precision."""
+    """Return the dtype of potentials: float32 for half-precision inputs too."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fit_state(v: object, x: Tensor, start: float) -> Tensor:
-    """The state as a tensor that fits one step ``x``: a new one where batch or shape changed."""
+    """Return the state as a tensor that fits one step ``x``; a new one if the shape has changed."""
     dtype = _state_dtype(x)
     if isinstance(v, Tensor) and v.shape == x.shape:
         return v.to(dtype=dtype, device=x.device)
@@ -27,16 +27,16 @@ def _fit_state(v: object, x: Tensor, start: float) -> Tensor:
 
 
 class TimeLoopNode(neuron.BaseNode):
-    """A layer of spiking neurons, run over all its time steps by one operation.
+    """Base class of neuron layers that run over all time steps in one operation.
 
-    Subclasses say by :attr:`dynamics` what a step does. Works as any SpikingJelly node does, with
-    ``functional.reset_net``, ``set_step_mode``, ``store_v_seq`` and ``base.to_functional_forward``.
+    Subclasses define a step by :attr:`dynamics`. The nodes work with ``functional.reset_net``,
+    ``set_step_mode``, ``store_v_seq`` and ``base.to_functional_forward`` like any SpikingJelly node.
 
     Threshold and leak are part of ``state_dict`` (as ``_extra_state``), the potential is not.
 
     Attributes:
-        record: which of ``"firing_rate"`` and ``"activation_map"`` a multi-step forward leaves in
-            :attr:`recorded`, each ``[N, ...]`` and with its gradient.
+        record: names among ``"firing_rate"`` and ``"activation_map"`` that a multi-step forward stores in
+            :attr:`recorded`, each ``[N, ...]`` and differentiable.
         through_trace: let the activation map's gradient also flow through the spike trace.
     """
 
@@ -66,22 +66,22 @@ class TimeLoopNode(neuron.BaseNode):
         self.record: tuple[str, ...] = ()
         self.recorded: dict[str, Tensor] = {}
         self.through_trace = False
-        _ = self.dynamics  # raises here, not in the first forward, where an argument is off
+        _ = self.dynamics  # raises for a wrong argument here, not in the first forward
 
     @property
     def dynamics(self) -> Dynamics:
-        """What a step of this node does, from its present threshold and leak."""
+        """Dynamics of a step, from the current threshold and leak."""
         raise NotImplementedError(f"{type(self).__name__} must define dynamics")
 
     def extra_repr(self) -> str:
         return f"leak={self.leak}, " + super().extra_repr()
 
     def get_extra_state(self) -> Tensor:
-        """Threshold and leak, so that a saved network keeps its balanced thresholds."""
+        """Return threshold and leak, so that a saved network keeps its balanced thresholds."""
         return torch.tensor([self.v_threshold, self.leak], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take threshold and leak back from :meth:`get_extra_state`."""
+        """Restore threshold and leak from :meth:`get_extra_state`."""
         self.v_threshold, self.leak = (float(value) for value in state)
 
     def materialize_states(self, inputs: tuple[Tensor, ...], states: State, step_mode: str) -> State:
@@ -125,7 +125,7 @@ class LIFNode(TimeLoopNode):
         v_threshold: threshold of the whole layer, above 0.
         leak: factor of the potential per step, in [0, 1]; 1 is no leak.
         surrogate_function: any SpikingJelly surrogate; ``LinearSurrogate(0.3)`` by default.
-        detach_reset: let no gradient through the reset (as Rathi et al.).
+        detach_reset: stop the gradient through the reset (as Rathi et al.).
         step_mode: ``"s"`` for inputs ``[N, ...]``, ``"m"`` for ``[T, N, ...]``.
         store_v_seq: keep the potentials of all steps in ``v_seq``, ``[T, N, ...]``.
 
@@ -154,7 +154,7 @@ class LIFNode(TimeLoopNode):
 
 
 class IFNode(LIFNode):
-    """Integrate-and-fire neuron: :class:`LIFNode` without leak, what conversion gives."""
+    """Integrate-and-fire neuron: :class:`LIFNode` without leak, as conversion uses it."""
 
     def __init__(
         self,
@@ -170,8 +170,8 @@ class IFNode(LIFNode):
 class IntegratorNode(base.MemoryModule):
     """Output layer of LaSNN (Eq. 3): ``v[t] = v[t-1] + x[t]``, no leak and no firing.
 
-    Gives the potentials of every step, so that ``output[-1]`` are the class scores of Eq. 4 and
-    ``output[t]`` what they were after ``t + 1`` steps.
+    Returns the potentials of every step: ``output[-1]`` are the class scores of Eq. 4, ``output[t]`` those
+    after ``t + 1`` steps.
 
     Shape:
         - input ``[N, K]`` or ``[T, N, K]``

@@ -1,8 +1,7 @@
-"""The one operation behind every neuron: a whole layer, over all time steps, in one call.
+"""The operation behind every neuron: a whole layer, over all time steps, in one call.
 
-``time_loop`` chooses who runs it. The kernels are reached through the registered operations
-``lasnn_sj::time_loop`` and ``lasnn_sj::time_loop_backward``, so that autograd, ``torch.compile`` and
-the profiler see one node per layer.
+``time_loop`` selects the implementation. The kernels are registered as the operations ``lasnn_sj::time_loop``
+and ``lasnn_sj::time_loop_backward``, so autograd, ``torch.compile`` and the profiler see one node per layer.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .backends import choose, warn_once
-from .dynamics import Dynamics, LoopParameters, LoopResult, run
+from .dynamics import Dynamics, LoopParameters, LoopResult, Reset, Shape, run
 from .layout import empty_bits, empty_sequence, is_time_major
 from .surrogate import kernel_form
 
-RESETS = ("paper", "soft", "hard")
-SHAPES = ("triangle", "atan", "sigmoid")
+RESETS = tuple(code.name.lower() for code in Reset)  # in the order of their codes
+SHAPES = tuple(code.name.lower() for code in Shape)
 PARAMETER_TYPES = tuple(get_type_hints(LoopParameters).values())
 
 
@@ -37,15 +36,15 @@ def time_loop(
 ) -> LoopResult:
     """Run a layer of neurons over time; see :func:`.dynamics.run` for the arguments.
 
-    Any ``x`` whose steps are gapless blocks of memory is taken as it is (channels_last too, and the
-    same step repeated with time stride 0), and what comes back has the layout of its steps; any other
-    ``x`` is copied once. Potentials are float32 (float64 for a float64 ``x``, which plain PyTorch
-    runs). For the backward pass the kernels keep the surrogate's slope, rounded to 1/255 of its peak.
+    An ``x`` whose steps are gapless blocks of memory is not copied (in channels_last too, or one step
+    repeated with time stride 0), and the results have the layout of its steps; any other ``x`` is copied
+    once. Potentials are float32 (float64 for a float64 ``x``, which plain PyTorch runs). For the backward
+    pass the kernels keep the surrogate's slope, rounded to 1/255 of its peak.
 
     Raises:
         ValueError: no time step; a state or mask that does not fit one step of the input; on the CPU,
-            NaN or infinity in ``x`` or ``v`` (on CUDA looking for it would stall the device).
-        RuntimeError: ``use_backend`` asks for one that cannot run this.
+            NaN or infinity in ``x`` or ``v`` (on CUDA this check would stall the device).
+        RuntimeError: ``use_backend`` selects a backend that cannot run this.
     """
     if x.dim() < 2 or x.shape[0] < 1:
         raise ValueError(f"x must be [T, N, ...] with T >= 1, got shape {tuple(x.shape)}")
@@ -111,10 +110,10 @@ def _typed(numbers: tuple[float, ...]) -> LoopParameters:
 
 
 def _operation(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: registers ``lasnn_sj::name``.
+    """Register a function as ``lasnn_sj::name``.
 
-    A custom operation looks at every call, in Python, whether a result is one of its arguments. Here
-    none is, so the kernels are also registered without that: it takes as long as a small layer.
+    A custom operation checks at every call, in Python, whether a result is one of its arguments, which takes
+    as long as a small layer. Here none is, so the kernels are also registered without that check.
     """
 
     def register(function: Callable) -> Callable:
@@ -133,7 +132,7 @@ _library = torch.library.Library("lasnn_sj", "IMPL")
 def _time_loop(
     x: Tensor, v: Tensor, mask: Tensor | None, parameters: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(spikes, v, firing_rate, activation_map, slope, fired)``; what was not asked for is empty."""
+    """Return ``(spikes, v, firing_rate, activation_map, slope, fired)``; results not asked for are empty."""
     if not is_time_major(x):
         raise ValueError(f"x must be laid out time-major without gaps, got strides {x.stride()}")
     p = _unpack(parameters)
@@ -169,9 +168,9 @@ def _time_loop_backward(
     parameters: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` (in ``dtype``) and of the first state (float32).
+    """Return the gradients of ``x`` (in ``dtype``) and of the first state (float32).
 
-    ``fired`` is the forward's own, or the spikes where its kernels mark them.
+    ``fired`` is the forward's own, or the spikes if its kernels mark them there.
     """
     return _kernels(slope.device).backward(
         g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, _unpack(parameters), dtype
@@ -190,7 +189,7 @@ def _setup_context(ctx, inputs, output) -> None:
     p = _unpack(ctx.parameters)
     if not p.keep_fired:
         fired = None
-    elif fired.numel() == 0:  # the CUDA kernels see it in the spikes
+    elif fired.numel() == 0:  # the CUDA kernels read it from the spikes
         fired = spikes
     ctx.save_for_backward(fired, slope, v, mask)
     ctx.dtype = x.dtype

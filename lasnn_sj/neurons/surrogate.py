@@ -1,4 +1,4 @@
-"""Surrogate gradients: the paper's own, and what the kernels know of SpikingJelly's."""
+"""Surrogate gradients: the paper's, and the form in which the kernels compute SpikingJelly's."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class LinearSurrogate(surrogate.SurrogateFunctionBase):
 
     ``do/dv = (gamma / v_threshold) * max(0, 1 - |v / v_threshold - 1|)``
 
-    The nodes of this package hand it ``x = v / v_threshold - 1`` (``relative`` is true), so the
-    factor ``1 / v_threshold`` comes from the chain rule and ``slope`` is a function of ``x`` alone.
-    In a stock SpikingJelly node it sees ``v - v_threshold``, which is the same at threshold 1.
+    The nodes of this package call it with ``x = v / v_threshold - 1`` (``relative`` is true), so the factor
+    ``1 / v_threshold`` comes from the chain rule and ``slope`` is a function of ``x`` alone. A stock
+    SpikingJelly node calls it with ``v - v_threshold``, which is the same at threshold 1.
 
     Args:
         gamma: height of the slope at the threshold (dampening), above 0.
-        spiking: ``False`` gives the slope's integral instead of spikes, for gradient checks.
+        spiking: ``False`` returns the slope's integral instead of spikes, for gradient checks.
     """
 
     relative = True
@@ -49,28 +49,28 @@ class LinearSurrogate(surrogate.SurrogateFunctionBase):
 
     @staticmethod
     def slope(x: Tensor, alpha: float) -> Tensor:
-        """``alpha * max(0, 1 - |x|)``, elementwise."""
+        """Return ``alpha * max(0, 1 - |x|)``, elementwise."""
         return alpha * (1.0 - x.abs()).clamp_min(0.0)
 
     @staticmethod
     def spiking_function(x: Tensor, alpha: float) -> Tensor:
-        """1 where ``x >= 0``, else 0; its gradient is :meth:`slope`."""
+        """Return 1 where ``x >= 0``, else 0; the gradient is :meth:`slope`."""
         return _Linear.apply(x, alpha)
 
     @staticmethod
     def primitive_function(x: Tensor, alpha: float) -> Tensor:
-        """Integral of :meth:`slope` from minus infinity: from 0 at ``x = -1`` to ``alpha`` at 1."""
+        """Return the integral of :meth:`slope` up to ``x``: 0 at -1, ``alpha`` at 1."""
         x = x.clamp(-1.0, 1.0)
         return alpha * (0.5 + x - 0.5 * x * x.abs())
 
     @staticmethod
     def backward(grad_output: Tensor, x: Tensor, alpha: float) -> Tensor:
-        """Gradient with respect to ``x``, in the form SpikingJelly's own surrogates offer it."""
+        """Return the gradient with respect to ``x``, with the signature of SpikingJelly's surrogates."""
         return grad_output * LinearSurrogate.slope(x, alpha)
 
 
 class KernelForm(NamedTuple):
-    """A surrogate as the kernels compute it: ``do/dv = peak * shape(scale * |v - v_threshold|)``.
+    """Surrogate in the form of the kernels: ``do/dv = peak * shape(scale * |v - v_threshold|)``.
 
     ``shape(z)`` is ``max(0, 1 - z)`` for ``"triangle"``, ``1 / (1 + z * z)`` for ``"atan"`` and
     ``4 * s * (1 - s)`` with ``s = sigmoid(z)`` for ``"sigmoid"``; each is 1 at ``z = 0``.
@@ -82,7 +82,7 @@ class KernelForm(NamedTuple):
 
 
 def kernel_form(function: nn.Module, v_threshold: float) -> KernelForm | None:
-    """The kernels' form of a surrogate, or ``None`` where they have none and plain PyTorch runs."""
+    """Return the kernels' form of a surrogate, or ``None`` if it has none and plain PyTorch runs."""
     alpha = getattr(function, "alpha", None)
     if not isinstance(alpha, (int, float)) or not getattr(function, "spiking", True):
         return None

@@ -1,4 +1,4 @@
-"""Threads that share a task on the CPU."""
+"""Threads of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _process = os.getpid()
 
 
 def _torchs_own() -> Callable | None:
-    """``GOMP_parallel`` of the OpenMP library that PyTorch has loaded, where it has one.
+    """``GOMP_parallel`` of the OpenMP library that PyTorch has loaded, if there is one.
 
-    After a PyTorch operation its threads keep spinning for some milliseconds in wait of the next one;
-    other threads would have to share the cores with them.
+    After a PyTorch operation its threads spin for some milliseconds, waiting for the next one; other threads
+    would have to share the cores with them.
     """
     try:
         return ctypes.CDLL(None).GOMP_parallel
@@ -33,12 +33,12 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def run(kernel: Callable[[int], None], task: int, threads: int) -> None:
-    """Call ``kernel(task)`` in so many threads at once, the caller's own among them.
+    """Call ``kernel(task)`` in several threads at once, one of them the caller's.
 
     Args:
-        kernel: a C function, which raises nothing and lets go of the GIL.
-        task: address of what they share; each takes from it until nothing is left.
-        threads: how many. One that starts late may find nothing to do.
+        kernel: a C function that raises nothing and releases the GIL.
+        task: address of the shared task; each thread takes pieces of it until none is left.
+        threads: number of threads. One that starts late may find nothing left.
     """
     if threads == 1:
         kernel(task)
@@ -48,6 +48,6 @@ def run(kernel: Callable[[int], None], task: int, threads: int) -> None:
         helpers = [_pool(os.getpid(), threads).submit(kernel, task) for _ in range(threads - 1)]
         kernel(task)
         for helper in helpers:
-            # one whose core was busy until now has nothing left to do
+            # a helper that has not started yet has nothing left to do
             if not helper.cancel():
                 helper.result()

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import kernel_resources as resources
 
 ARCHITECTURES = (70, 80, 90, 100, 120)
+# Spilled by NVRTC 13.0 unless compiled with MORE_REGISTERS.
+SPILLED = {90: ["lif_backward<BFloat16, 4, 0, 3, 1>"], 100: ["lif_backward<float, 4, 2, 0, 1>"]}
 LARGEST = "lif_backward<BFloat16, 8, 2, 1, 1>"  # the most live values
 
 
@@ -31,9 +33,10 @@ def test_compiles_without_spills(arch):
             f"NVRTC at hand does not know sm_{arch} (CUDA 13 dropped Volta). What does: pip install "
             f"--no-deps --target {sys.prefix}/nvrtc12 nvidia-cuda-nvrtc-cu12==12.9.86"
         )
-    usage = library.compile(cuda.source(), variants_for(arch), arch)
-    assert set(usage) == set(variants_for(arch))
-    for kernel, used in usage.items():
+    kernels = [*variants_for(arch), *SPILLED.get(arch, [])]
+    usage = resources.usage_of(library, kernels, arch)
+    assert set(usage) == set(kernels)
+    for kernel, (used, _) in usage.items():
         assert (used.spill_bytes, used.stack_bytes) == (0, 0), kernel
         assert 16 <= used.registers <= 255, kernel
 

@@ -494,31 +494,60 @@ def test_width_keeps_the_device_busy():
     assert cuda._width(1 << 20, (1 << 20) + 1, 4, h100, ()) == 1  # a row of x would be unaligned
 
 
-def test_launches_go_to_torchs_stream(monkeypatch):
-    calls = []
-    kernel = lambda *args, **kwargs: calls.append((args, kwargs))  # noqa: E731
-    fake = SimpleNamespace(
-        RawModule=lambda **kwargs: SimpleNamespace(
-            get_function=lambda name: calls.append((name, kwargs)) or kernel
-        )
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake)
+class FakeKernel:
+    """CuPy's RawKernel as far as a launch uses it."""
+
+    def __init__(self, calls, local_size_bytes=0):
+        self.calls, self.local_size_bytes = calls, local_size_bytes
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """Install a CuPy that records modules and launches; the first build of a kernel may spill."""
+
+    def install(spills=0):
+        modules, launches = [], []
+
+        def build(**kwargs):
+            modules.append(kwargs)
+            kernel = FakeKernel(launches, spills if len(modules) == 1 else 0)
+            return SimpleNamespace(get_function=lambda name: kernel)
+
+        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=build))
+        return modules, launches
+
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     cuda._compiled.cache_clear()
-    plan = cuda.Launch("lif_forward<float, 1, 0, 0, 0>", 3, np.zeros((), cuda._FORWARD))
-    try:
-        cuda._launch(plan, torch.device("cuda", 0))
-        cuda._launch(plan, torch.device("cuda", 0))
-    finally:
-        cuda._compiled.cache_clear()
-    (name, module), *launches = calls
-    assert name == plan.kernel == module["name_expressions"][0]
+    yield install
+    cuda._compiled.cache_clear()
+
+
+PLAN = cuda.Launch("lif_forward<float, 1, 0, 0, 0>", 3, np.zeros((), cuda._FORWARD))
+
+
+def test_launches_go_to_torchs_stream(fake_cupy):
+    modules, launches = fake_cupy()
+    cuda._launch(PLAN, torch.device("cuda", 0))
+    cuda._launch(PLAN, torch.device("cuda", 0))
+    (module,) = modules  # compiled once
+    assert module["name_expressions"] == (PLAN.kernel,)
     assert module["code"] == cuda.source()
-    assert len(launches) == 2  # compiled once
+    assert len(launches) == 2
     for (grid, block, args), kwargs in launches:
         assert (grid, block, kwargs["stream"].ptr) == ((3,), (cuda.THREADS,), 7)
         assert args[0].size == 1  # CuPy passes an array of one by value
+
+
+def test_a_variant_that_spills_is_compiled_with_more_registers(fake_cupy):
+    modules, launches = fake_cupy(spills=8)
+    cuda._launch(PLAN, torch.device("cuda", 0))
+    options = [module["options"] for module in modules]
+    assert options == [cuda.OPTIONS, (*cuda.OPTIONS, cuda.MORE_REGISTERS)]
+    assert len(launches) == 1
 
 
 def test_why_not_names_the_reason(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lasnn_sj.neurons import keep_freed_memory
+from lasnn_sj.neurons import disable_malloc_trim
 from lasnn_sj.neurons.memory import advise_huge_pages
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux and glibc for something")
@@ -33,7 +33,7 @@ def faults_of_fresh_blocks() -> int:
 
 def count_faults(results) -> None:
     before = faults_of_fresh_blocks()
-    results.put((keep_freed_memory(), before, faults_of_fresh_blocks()))
+    results.put((disable_malloc_trim(), before, faults_of_fresh_blocks()))
 
 
 @linux

@@ -69,7 +69,8 @@ class Rounded(nn.Module):
         super().__init__()
         form = op.kernel_form(function, v_threshold)
         shape = op.SHAPES.index(form.shape)
-        self.code = shape + 2 if attached_hard and shape else shape
+        angle = {cpu_kernels.ATAN: cpu_kernels.ATAN_ANGLE, cpu_kernels.SIGMOID: cpu_kernels.SIGMOID_ANGLE}
+        self.code = angle.get(shape, shape) if attached_hard else shape
         self.scale, self.unit = form.scale, np.float32(form.peak / 255)
         slopes = np.arange(256, dtype=np.float32)
         if attached_hard:
@@ -243,20 +244,20 @@ def test_attached_hard_reset_knows_the_potential_to_a_255th(function):
 
 
 def test_the_trace_of_an_old_spike_reaches_the_backward():
-    # One spike at t = 42, so N[t] = exp(42 - t) after it, and dM/dx[t] = N[t] * s / T with s = 0.3 / 2
-    # (x = 0.5, leak 0). Blocks of the trace begin at t = 64: the spike lies 22 steps before.
-    assert cpu_kernels.WINDOW == 64
+    # One spike at t = 48, so N[t] = exp(48 - t) after it, and dM/dx[t] = N[t] * s / T with s = 0.3 / 2
+    # (x = 0.5, leak 0). Blocks of the trace begin at t = 64: the spike lies 16 steps before.
+    assert (cpu_kernels.WINDOW, dynamics.TRACE_STEPS) == (64, 16)
     x = torch.full((80, 1), 0.5)
-    x[42] = 3.0
+    x[48] = 3.0
     x.requires_grad_()
     d = Dynamics(leak=0.0, reset="soft")
     time_loop(x, torch.zeros(1), d, LinearSurrogate(), activation_map=True).activation_map.sum().backward()
-    by_hand = [math.exp(42 - t) * 0.15 / 80 for t in range(43, 80)]
-    assert_close(x.grad[43:, 0], torch.tensor(by_hand), rtol=0.005, atol=0)
+    by_hand = [math.exp(48 - t) * 0.15 / 80 for t in range(49, 80)]
+    assert_close(x.grad[49:, 0], torch.tensor(by_hand), rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
-@pytest.mark.parametrize("code", [0, 3, 4])
+@pytest.mark.parametrize("code", [cpu_kernels.TRIANGLE, cpu_kernels.ATAN_ANGLE, cpu_kernels.SIGMOID_ANGLE])
 def test_the_distance_found_from_a_byte_has_that_byte(code, scale):
     slopes, distances = cpu_kernels.decoded(code, scale)
     bytes_again = slope_bytes(distances, code, scale)
