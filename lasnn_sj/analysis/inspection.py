@@ -292,16 +292,14 @@ def _kept_as_they_were(
     student: nn.Module, teacher: nn.Module | None, encoder: nn.Module | None
 ) -> Iterator[None]:
     """Evaluation mode inside; modes, neurons' states and random generators of before outside."""
-    before = random_state.random_state()
-    generators = [(g, g.get_state()) for g in random_state.generators_of([encoder])]
+    generators = random_state.generators_of({"student": student, "encoder": encoder})
+    before = random_state.random_state(generators)
     networks = [student] if teacher is None else [student, teacher]
     try:
         with evaluating(*networks):
             yield
     finally:
-        random_state.set_random_state(before)
-        for generator, state in generators:
-            generator.set_state(state)
+        random_state.set_random_state(before, generators)
 
 
 class _Maps:

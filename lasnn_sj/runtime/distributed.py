@@ -90,6 +90,15 @@ def any_of(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
+def least(value: int, device: torch.device) -> int:
+    """The smallest of every process' ``value``."""
+    if world_size() == 1:
+        return value
+    smallest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def all_of(flag: bool, device: torch.device) -> bool:
     """Whether every process raised the flag."""
     return not any_of([not flag], device)[0]

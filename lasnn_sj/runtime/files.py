@@ -132,6 +132,9 @@ def differences(there: Mapping[str, object], here: Mapping[str, object]) -> dict
         one, other = there.get(key), here.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             found |= {f"{key}.{inner}": pair for inner, pair in differences(one, other).items()}
+        elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            items = differences(*({str(n): item for n, item in enumerate(part)} for part in (one, other)))
+            found |= {f"{key}.{inner}": pair for inner, pair in items.items()}
         elif one != other:
             found[key] = one, other
     return found

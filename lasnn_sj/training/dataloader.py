@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from ..runtime import distributed
+from ..runtime import distributed, random_state
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,10 @@ class TrainingBatches:
 
     def __len__(self) -> int:
         """Batches of an epoch; 0 where nobody knows."""
-        return len(self._source) if hasattr(self._source, "__len__") else 0
+        try:
+            return len(self._source)
+        except TypeError:  # a loader of a stream has a __len__ that raises
+            return 0
 
     def epoch(self, number: int, start: int, arrive: Callable[[], None]) -> Iterator[Batch]:
         """Batches of an epoch from position ``start`` on.
@@ -164,20 +167,35 @@ def evaluation_share(loader: Iterable) -> Iterable:
     """This process' share of an evaluation loader: together all processes see each sample once.
 
     Samples in turn of a plain :class:`~torch.utils.data.DataLoader` (what a ``DistributedSampler`` makes up
-    is left out), batches in turn of anything else.
+    is left out), batches in turn of anything else. Another ``DataLoader`` draws its order from process 0's
+    random state in every process; any other loader must give all processes the same batches.
     """
     rank, processes = distributed.rank(), distributed.world_size()
     if processes == 1:
         return loader
     shared = _can_be_rebuilt(loader) and _is_shared(loader)
     if not shared and (not _can_be_rebuilt(loader) or loader.batch_size is None):
-        return itertools.islice(loader, rank, None, processes)
+        return (
+            _in_turn(loader)
+            if isinstance(loader, DataLoader)
+            else itertools.islice(loader, rank, None, processes)
+        )
     if shared:
         order = range(len(loader.dataset))
     else:
         order = distributed.from_main(list(loader.sampler) if rank == 0 else None)
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
     return _rebuilt(loader, BatchSampler(order[rank::processes], batch_size, drop_last=False))
+
+
+def _in_turn(loader: DataLoader) -> Iterator[object]:
+    generators = random_state.generators_of({"loader": loader})
+    own = random_state.random_state(generators)
+    random_state.set_random_state(distributed.from_main(own), generators)
+    try:
+        yield from itertools.islice(loader, distributed.rank(), None, distributed.world_size())
+    finally:
+        random_state.set_random_state(own, generators)
 
 
 def _can_be_rebuilt(loader: Iterable) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,35 +15,115 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from ..runtime import distributed, files
+from .. import __version__
+from ..runtime import distributed, files, locks
 from . import checkpoint
+from .fingerprint import weights as digest_of
 
+log = logging.getLogger(__name__)
+
+HEAD = ["step", "epoch", "lr", "loss"]  # first columns of steps.csv
+VERSIONS = {"lasnn_sj": __version__, "torch": torch.__version__}
+# Settings that the fingerprint has in more detail.
+SAID_TWICE = {"student", "parameters", "encoder", "objective", "optimizer", "hyperparameters"}
 FLUSH = 200  # steps whose rows are written together
 
 
 class RunFolder:
     """A run's folder; of several processes only the one of rank 0 reads and writes it.
 
+    It is locked (:class:`~lasnn_sj.runtime.FolderLock`) while it is entered as a context.
+
     Args:
         path: made if it is not there.
         checkpoint_every: steps, or time, between checkpoints within an epoch.
 
     Raises:
-        ValueError: something of it is a link that leads out of it.
+        ValueError: it is a file, or something of it is a link that leads out of it.
+        LockError: when it is entered, another process writes to it.
     """
 
     def __init__(self, path: Path, checkpoint_every: int | timedelta) -> None:
         self.path, self.every = path, checkpoint_every
         self._saved, self._rows = monotonic(), []
-        if distributed.is_main():
-            path.mkdir(parents=True, exist_ok=True)
-            for name in ("checkpoints", "metrics.csv", "steps.csv", "tensorboard", "nonfinite"):
-                files.inside(path, name)
+        self._lock = locks.FolderLock(path)
+        distributed.by_main(self._make)
 
-    def check_settings(self, settings: dict[str, object]) -> None:
-        """Compare with those the folder was made with; see :func:`files.check_settings`."""
+    def _make(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir must be a folder, {self.path} is a file; give another name")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "metrics.csv", "steps.csv", "tensorboard", "nonfinite"):
+            if files.inside(self.path, name).is_dir() and name.endswith(".csv"):
+                raise ValueError(f"{self.path / name} is a folder where a table belongs; move it away")
+
+    def __enter__(self) -> RunFolder:
+        distributed.by_main(self._lock.__enter__)
         if distributed.is_main():
-            files.check_settings(self.path / "settings.json", settings)
+            files.remove_parts(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._write_what_waits()
+        finally:
+            if distributed.is_main():
+                self._lock.__exit__()
+
+    def check_settings(self, settings: Mapping[str, object], fingerprint: Mapping[str, object]) -> None:
+        """Write the settings of a new run, or hold them against those of the run that is there.
+
+        Versions that differ are said in a warning. So are the student's first weights where the processes
+        were seeded differently or not at all; seeded alike, other weights are another run, unless they are
+        those of the last checkpoint.
+
+        Args:
+            settings: of the run, for people; those that a fingerprint says too are not compared.
+            fingerprint: of :func:`fingerprint.run`.
+
+        Raises:
+            ValueError: they differ, the message lists how; or the file is damaged.
+        """
+        here = {**settings, "fingerprint": fingerprint, "versions": VERSIONS}
+        distributed.by_main(lambda: self._check_settings(here))
+
+    def _check_settings(self, here: dict[str, object]) -> None:
+        path = self.path / "settings.json"
+        there = files.read_settings(path)
+        if there is None:
+            files.write_json(path, here)
+            return
+        one, other = ({k: v for k, v in all_.items() if k not in SAID_TWICE} for all_ in (there, here))
+        found = files.differences(one, other)
+        found = {key.removeprefix("fingerprint."): pair for key, pair in found.items()}
+        versions = {key: found.pop(key) for key in list(found) if key.startswith("versions.")}
+        if versions:
+            said = ", ".join(
+                f"{k.partition('.')[2]} {one}, here {other}" for k, (one, other) in versions.items()
+            )
+            log.warning("%s was begun with %s: results may differ between versions", self.path, said)
+            # what one version has and the other has not: a new option of an optimiser
+            found = {key: pair for key, pair in found.items() if None not in pair}
+        seed, seeds = here["fingerprint"]["process_seed"], found.pop("process_seed", None)
+        first = found.pop("student.weights", None)
+        files.refuse_differences(self.path, found)
+        if first is not None and not self._has(first[1]):
+            if seeds is None and seed < 2**32:  # PyTorch's own choice, where nobody seeds, is larger
+                raise ValueError(
+                    f"{self.path} holds a run whose student began with other weights than this one has; "
+                    f"build the student as that run did to go on with it, or use another run folder"
+                )
+            log.warning(
+                "the student's first weights are not those that %s began with, as in processes that are not "
+                "seeded alike; its checkpoint's are taken", self.path,
+            )  # fmt: skip
+        if versions:
+            files.write_json(path, there | {"versions": VERSIONS})
+
+    def _has(self, digest: str) -> bool:
+        """Whether the last checkpoint holds weights of this digest: a student that is trained on."""
+        found = checkpoint.load_latest(self.path / "checkpoints")
+        return found is not None and digest_of(found[1]) == digest
 
     def load(self) -> tuple[Path, dict[str, Tensor], dict[str, object]] | None:
         """Path, weights and state of the last good checkpoint, on every process.
@@ -67,6 +148,7 @@ class RunFolder:
         """
         self.write_steps()
         if distributed.is_main():
+            self._lock.check()
             checkpoint.save(self.path / "checkpoints", step, weights, state)
         self._saved = monotonic()
 
@@ -91,30 +173,27 @@ class RunFolder:
             return
         path = self.path / "steps.csv"
         head = self._widen(path, names)
-        with open(path, "a", newline="") as file:
-            table = csv.writer(file)
-            for (where, _), losses in zip(rows, values):
-                there = {name: loss for name, loss in zip(names, losses) if not math.isnan(loss)}
-                table.writerow([*where, sum(there.values()), *(there.get(name, "") for name in head[4:])])
+        lines = []
+        for (where, _), losses in zip(rows, values):
+            there = {name: loss for name, loss in zip(names, losses) if not math.isnan(loss)}
+            lines.append([*where, sum(there.values()), *(there.get(name, "") for name in head[len(HEAD) :])])
+        files.append(path, files.as_csv(lines))
 
     @staticmethod
     def _widen(path: Path, names: Sequence[str]) -> list[str]:
         """The table's columns, once it has all that are wanted; an objective may change its parts."""
-        head, rows = ["step", "epoch", "lr", "loss"], []
-        if path.exists():
-            with open(path, newline="", errors="replace") as file:
-                lines = csv.reader(file)
-                there = next(lines, head)
-                if there[4:] and set(names) <= set(there):
-                    return there
-                head, rows = there, list(lines)
+        head = _head(path)
+        if head[len(HEAD) :] and set(names) <= set(head):
+            return head
+        head, rows = _read_steps(path)
         new = [name for name in names if name not in head]
-        files.write(path, _csv([head + new, *(row + [""] * len(new) for row in rows)]))
+        files.write_csv(path, [head + new, *(row + [""] * len(new) for row in rows)])
         return head + new
 
-    def close(self) -> None:
-        """Write what an error has left waiting, if this process can do so alone."""
-        if distributed.world_size() == 1:
+    def _write_what_waits(self) -> None:
+        """What an error has left, if this process can write it alone and the folder is still its own."""
+        if distributed.world_size() == 1 and self._rows:
+            self._lock.check()
             self.write_steps()
 
     def go_back(self, step: int, history: Sequence[Mapping[str, float]]) -> None:
@@ -122,15 +201,9 @@ class RunFolder:
         self._rows = []
         path = self.path / "steps.csv"
         if distributed.is_main():
-            kept = []
-            if path.exists():
-                with open(path, newline="", errors="replace") as file:
-                    head, *rows = list(csv.reader(file)) or [[]]
-                # whole rows only: a killed process may have left half of one
-                kept = [
-                    row for row in rows if len(row) == len(head) and row[0].isdigit() and int(row[0]) <= step
-                ]
-                files.write(path, _csv([head, *kept] if head else []))
+            if os.path.lexists(path):
+                head, rows = _read_steps(path)
+                files.write_csv(path, [head, *(row for row in rows if int(row[0]) <= step)])
             self.write_history(history)
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
@@ -139,10 +212,53 @@ class RunFolder:
             return
         columns = list(dict.fromkeys(itertools.chain.from_iterable(history)))
         rows = [[row.get(column, "") for column in columns] for row in history]
-        files.write(self.path / "metrics.csv", _csv([columns, *rows]))
+        files.write_csv(self.path / "metrics.csv", [columns, *rows])
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer).writerows(rows)
-    return buffer.getvalue()
+def _head(path: Path) -> list[str]:
+    """Columns of ``steps.csv``; the first four where there is none, or none that can be read."""
+    if path.is_symlink() or not path.is_file():
+        return list(HEAD)
+    with open(path, "rb") as file:
+        return _columns(file.readline(1 << 16).decode(errors="replace"))
+
+
+def _columns(line: str) -> list[str]:
+    found = _cells(line)
+    return found if found[: len(HEAD)] == HEAD else list(HEAD)
+
+
+def _read_steps(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and whole rows of ``steps.csv``, each step once; what is damaged is left out with a warning."""
+    if not os.path.lexists(path):
+        return list(HEAD), []
+    try:
+        first, *lines = files.read_regular(path, at_most=1 << 32).decode(errors="replace").split("\n")
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s) and is begun anew; checkpoints are not touched", path, error)
+        return list(HEAD), []
+    head, rows, last = _columns(first), [], 0
+    lines = lines[:-1]  # the rest is empty, or half a row of a killed process
+    for line in lines:
+        row = _cells(line)
+        if len(row) == len(head) and _is_number(row[0]) and int(row[0]) > last:
+            rows.append(row)
+            last = int(row[0])
+    left_out = len(lines) - len(rows) + (first.strip() != "" and _cells(first) != head)
+    if left_out:
+        log.warning(
+            "%s has %d damaged lines, which are left out; checkpoints are not touched", path, left_out
+        )
+    return head, rows
+
+
+def _cells(line: str) -> list[str]:
+    """A line of a CSV file by itself: an open quote must not swallow those behind it."""
+    try:
+        return next(csv.reader([line.rstrip("\r\n")], strict=True), [])
+    except csv.Error:
+        return []
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 19

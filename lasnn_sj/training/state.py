@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class Progress:
         step: optimiser steps done.
         history: a row for each epoch done.
         epoch: the one that is not over, if any.
-        generators: random generators beside the global ones.
+        generators: random generators beside the global ones, by where they are.
     """
 
     def __init__(
@@ -71,21 +71,19 @@ class Progress:
         self.scaler, self.device = scaler, device
         self.step, self.epoch = 0, None
         self.history: list[dict[str, float]] = []
-        self.generators: list[torch.Generator] = []
+        self.generators: dict[str, random_state.Generator] = {}
 
-    def use_generators(self, owners: Iterable[object]) -> None:
-        """Let the random generators of these objects belong to the random state."""
+    def use_generators(self, owners: Mapping[str, object]) -> None:
+        """Let the random generators that can be reached from these objects belong to the random state."""
         self.generators = random_state.generators_of(owners)
 
     def random_state(self) -> dict[str, object]:
         """State of this process' random generators: Python's, NumPy's, PyTorch's, and its own."""
-        return random_state.random_state() | {"generators": [g.get_state() for g in self.generators]}
+        return random_state.random_state(self.generators)
 
     def set_random_state(self, state: dict[str, object]) -> None:
         """Take back what :meth:`random_state` gave."""
-        random_state.set_random_state(state)
-        for generator, saved in zip(self.generators, state["generators"]):
-            generator.set_state(saved)
+        random_state.set_random_state(state, self.generators)
 
     def seed(self, seed: int | None) -> None:
         """Seed a run that begins; each process draws its own random numbers."""
@@ -94,8 +92,9 @@ class Progress:
         rank = distributed.rank()
         if seed is not None or rank:
             random_state.seed_everything(((torch.initial_seed() if seed is None else seed) + rank) % 2**63)
-        for generator in self.generators if rank else ():
-            generator.manual_seed((generator.initial_seed() + rank) % 2**63)
+        for generator in self.generators.values() if rank else ():
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed((generator.initial_seed() + rank) % 2**63)
 
     def begin(self, number: int) -> Epoch:
         """Begin an epoch, or go on within the one that a checkpoint left."""
@@ -185,6 +184,12 @@ class Progress:
         if not isinstance(state["step"], int) or not isinstance(state["history"], list):
             raise ValueError(f"step is {state['step']!r}, history a {type(state['history']).__name__}")
         self.step, self.history, self.epoch = state["step"], [dict(row) for row in state["history"]], None
+        there, here = own["random"]["generators"].keys(), self.generators.keys()
+        if there != here:
+            log.warning(
+                "random generators are not where they were (then %s, now %s): what they draw may be others",
+                ", ".join(there - here) or "none besides", ", ".join(here - there) or "none besides",
+            )  # fmt: skip
         self.set_random_state(own["random"])
         if state["epoch"] is not None:
             saved = own["metrics"]

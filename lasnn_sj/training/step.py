@@ -18,7 +18,7 @@ from ..distillation.teacher import TeacherForward
 from ..models.readout import class_scores
 from ..runtime import distributed
 from . import nonfinite
-from .evaluation import batch_axis
+from .evaluation import batch_axis, evaluating
 from .forward import StudentForward
 from .nonfinite import NonFiniteError
 
@@ -130,6 +130,8 @@ class TrainingStep:
     def _pieces(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """A batch in ``accumulate`` pieces, and whether each is the last."""
         count, axis = min(self.trainer.options.accumulate, len(labels)), batch_axis(images, labels)
+        if self.trainer.options.accumulate > 1:  # processes meet in each piece's pass
+            count = distributed.least(count, self.trainer.device)
         pieces = zip(images.tensor_split(count, axis), labels.tensor_split(count))
         for number, (piece, piece_labels) in enumerate(pieces, 1):
             yield piece, piece_labels, number == count
@@ -194,9 +196,21 @@ class TrainingStep:
         if trainer.options.compile:
             forward.compile()
         if distributed.world_size() > 1:
-            forward = DistributedDataParallel(forward)
+            unused = distributed.any_of([self._has_unused(encoded)], trainer.device)[0]
+            forward = DistributedDataParallel(forward, find_unused_parameters=unused)
         self._forward, self.num_classes = forward, num_classes
         self._prepared_for = trainer.objective
+
+    def _has_unused(self, encoded: Tensor) -> bool:
+        """Whether weights of the student have no part in its output, for which processes would wait."""
+        student = self.trainer.student
+        weights = [p for p in student.parameters() if p.requires_grad]
+        before = self.trainer.progress.random_state()
+        with evaluating(student), torch.enable_grad():
+            outputs = student(encoded)
+            found = torch.autograd.grad(outputs.float().sum(), weights, allow_unused=True)
+        self.trainer.progress.set_random_state(before)
+        return any(gradient is None for gradient in found)
 
     def close(self) -> None:
         """Remove the taps; :meth:`prepare` sets them again."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from ..distillation.attention import Attention
 from ..distillation.objective import CrossEntropy, Objective, Sum, members, own_parameters, trained_modules
 from ..models.readout import BatchError, resolve_readout
 from ..runtime import distributed
-from . import nonfinite
+from . import checks, fingerprint, nonfinite
 from .callbacks import Callback, TensorBoard
-from .dataloader import Batch, TrainingBatches, parts_of
+from .dataloader import Batch, TrainingBatches
 from .evaluation import check_batch, check_labels, device_of, evaluate
 from .forward import refuse_batch_norm
 from .metrics import EpochMetrics
@@ -32,7 +32,7 @@ from .nonfinite import NonFiniteError
 from .options import TrainingOptions, check_choice, check_count
 from .precision import MixedPrecision
 from .run_folder import RunFolder
-from .signals import StopRequest
+from .signals import Stopped, StopRequest, outlasting
 from .state import Epoch, Progress
 from .step import StepResult, TrainingStep
 
@@ -55,11 +55,11 @@ class Trainer:
         encoder: adds the time axis to the student's input; ``None`` where the loader's batches have it
             already or the student has none.
         optimizer: of the student's parameters; Adam at 1e-4 with weight decay 5e-4 if not given.
-        scheduler: stepped once an epoch.
+        scheduler: stepped once an epoch; ``ReduceLROnPlateau`` with the validation loss.
         readout: class scores of ``[T, N, K]``: ``"last"`` step or ``"mean"`` over time; ``"auto"`` is
             the last where the student ends in an ``IntegratorNode``, the mean elsewhere.
         run_dir: folder for checkpoints, ``metrics.csv`` (by epoch), ``steps.csv`` and TensorBoard; nothing
-            is written without. With it SIGTERM and SIGINT finish the step and save before they act.
+            is written without. With it SIGTERM, SIGHUP and SIGINT finish the step and save before they act.
         device: device to train on; the student's own if not given.
         seed: seeds all random generators when training starts.
         options: precision, memory, gradients, checkpoints.
@@ -87,7 +87,7 @@ class Trainer:
     ) -> None:
         self.objective = CrossEntropy() if objective is None else objective
         self.options = TrainingOptions() if options is None else options
-        _check_teacher(teacher, self.objective)
+        checks.teacher(teacher, self.objective)
         check_choice("readout", readout, ("auto", "last", "mean"))
         if self.options.time_chunks > 1:
             refuse_batch_norm(student)
@@ -109,13 +109,14 @@ class Trainer:
         self.optimizer = optimizer or Adam(trained, lr=1e-4, weight_decay=5e-4)
         _add_missing(self.optimizer, own_parameters(self.objective))
         self.scheduler = scheduler
-        _check_optimizer(student, self.optimizer, scheduler)
+        checks.optimizer(student, self.optimizer, scheduler)
         self.mixed_precision = MixedPrecision(self.options.precision, self.device, self.options)
         self.progress = Progress(
             student, self.optimizer, scheduler, self.mixed_precision.scaler, self.device, own
         )
-        self.progress.use_generators([encoder])
+        self.progress.use_generators({"encoder": encoder, "student": student})
         self._folder: RunFolder | None = None
+        self._fingerprint: dict[str, object] | None = None
         self._step = TrainingStep(self)
 
     @property
@@ -167,43 +168,49 @@ class Trainer:
                 output of the wrong shape. The student keeps its weights of the step before.
             NonFiniteError: a loss or gradient that is not finite, likewise (a ``BatchError``).
             CheckpointError: checkpoints that are all damaged, or one that cannot be written.
-            ValueError: the run folder belongs to a run with other settings.
-            SystemExit, KeyboardInterrupt: after SIGTERM or SIGINT, once a checkpoint is written.
+            ValueError: the run folder belongs to a run with other settings, networks or data; the message
+                shows what differs.
+            LockError: another process writes to the run folder.
+            SystemExit, KeyboardInterrupt: after SIGTERM, SIGHUP or SIGINT, once a checkpoint is written.
         """
         check_count("validate_every", validate_every)
         check_count("epochs", epochs)
+        checks.loaders(train_loader, val_loader, self.scheduler)
         self.epochs = epochs
-        batches = TrainingBatches(train_loader)
-        self.progress.use_generators([self.encoder, *parts_of(train_loader, val_loader)])
-        if self.run_dir is not None:
-            self._folder = RunFolder(self.run_dir, self.options.checkpoint_every)
-            self._folder.check_settings(self.settings())
-        self.progress.resume(self._folder)
-        if len(self.history) >= epochs:
-            return self.history
-        self.progress.seed(self.seed)
-        callbacks = self._callbacks()
-        steps = len(batches) or None
-        bar = tqdm(
-            total=steps and steps * epochs, initial=self.step, unit="step", dynamic_ncols=True,
-            disable=None if distributed.is_main() else True,
-        )  # fmt: skip
-        stop = StopRequest()
         with ExitStack() as ending:
+            if self.run_dir is not None:
+                self._folder = ending.enter_context(RunFolder(self.run_dir, self.options.checkpoint_every))
+                ending.enter_context(outlasting(train_loader, val_loader))
+            batches = TrainingBatches(train_loader)
+            self.progress.use_generators(self._owners(train_loader, val_loader))
+            if self._folder is not None:
+                self._fingerprint = self._fingerprint or fingerprint.run(self, train_loader)
+                self._folder.check_settings(self.settings(), self._fingerprint)
+            self.progress.resume(self._folder)
+            if len(self.history) >= epochs:
+                where = "" if self.run_dir is None else f" in {self.run_dir}"
+                log.warning("the run%s has its %d epochs already; nothing was trained", where, self.epoch)
+                return self.history
+            self.progress.seed(self.seed)
+            callbacks = self._callbacks()
+            steps = len(batches) or None
+            bar = tqdm(
+                total=steps and steps * epochs, initial=self.step, unit="step", dynamic_ncols=True,
+                disable=None if distributed.is_main() else True,
+            )  # fmt: skip
+            stop = StopRequest()
             before = self.progress.random_state()  # what callbacks draw now a resumed run would draw again
             for callback in callbacks:
                 callback.on_fit_start(self)
                 ending.callback(callback.on_fit_end, self)
             self.progress.set_random_state(before)
-            if self._folder is not None:
-                ending.callback(self._folder.close)
             ending.callback(self._step.close)
             with bar, logging_redirect_tqdm(), stop if self._folder is not None else nullcontext():
                 for epoch in range(len(self.history) + 1, epochs + 1):
                     bar.set_description(f"epoch {epoch}/{epochs}")
                     row = self._train_epoch(batches, self.progress.begin(epoch), bar, stop, callbacks)
                     if val_loader is not None and (epoch % validate_every == 0 or epoch == epochs):
-                        result = self.evaluate(val_loader)
+                        result = self._validate(val_loader, stop)
                         row |= {f"val_{name}": result[name] for name in ("loss", "top1")}
                         for callback in callbacks:
                             callback.on_validation(self, result)
@@ -242,6 +249,19 @@ class Trainer:
         finally:
             self.progress.set_random_state(before)
 
+    def _owners(self, *loaders: Iterable | None) -> dict[str, object]:
+        """Objects whose random generators belong to the run."""
+        own = {name: getattr(self, name) for name in ("encoder", "student", "teacher", "objective")}
+        return own | dict(zip(("train_loader", "val_loader"), loaders))
+
+    def _validate(self, loader: Iterable, stop: StopRequest) -> dict[str, float]:
+        """Evaluate; a signal ends it where this process is alone, and the next start repeats it."""
+        try:
+            with stop.safely(at_once=distributed.world_size() == 1):
+                return self.evaluate(loader)
+        except Stopped:
+            self._save_and_leave(stop)
+
     def _train_epoch(
         self,
         batches: TrainingBatches,
@@ -256,7 +276,11 @@ class Trainer:
         while True:
             epoch.seconds = time.perf_counter() - begun
             self._save_if_due(epoch, first, len(batches), stop)
-            batch = next(source, None)
+            try:
+                with stop.safely():
+                    batch = next(source, None)
+            except Stopped:  # a loader's worker died of the signal
+                self._save_and_leave(stop, save=epoch.position > first)
             if not (batches.even or distributed.all_of(batch is not None, self.device)):
                 batch = None
             if batch is None:
@@ -301,11 +325,16 @@ class Trainer:
             return
         due = first < epoch.position != last and self._folder.due(self.step)
         stopped, due = distributed.any_of([stop.signal is not None, due], self.device)
-        if due or (stopped and epoch.position > first):
-            self.progress.save(self._folder)
         if stopped:
-            log.warning("stopped and saved after step %d; start the same run again to go on", self.step)
-            stop.leave()
+            self._save_and_leave(stop, save=epoch.position > first)
+        if due:
+            self.progress.save(self._folder)
+
+    def _save_and_leave(self, stop: StopRequest, save: bool = True) -> NoReturn:
+        if save:
+            self.progress.save(self._folder)
+        log.warning("stopped and saved after step %d; start the same run again to go on", self.step)
+        stop.leave()
 
     def _leave_out(
         self, error: NonFiniteError, where: str, batch: Batch, images: Tensor, labels: Tensor
@@ -327,7 +356,10 @@ class Trainer:
         raise NonFiniteError(message, error.layer) from error
 
     def _finish_epoch(self, row: dict[str, float], callbacks: Sequence[Callback]) -> None:
-        if self.scheduler is not None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            if "val_loss" in row:
+                self.scheduler.step(row["val_loss"])
+        elif self.scheduler is not None:
             self.scheduler.step()
         log.info("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         self.progress.finish(row)
@@ -448,35 +480,6 @@ def _add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> No
     missing = [p for p in parameters if id(p) not in known]
     if missing:
         optimizer.add_param_group({"params": missing})
-
-
-def _check_teacher(teacher: nn.Module | None, objective: object) -> None:
-    if not callable(objective):
-        raise ValueError(f"objective must be callable with signals, got {objective!r}")
-    wanted = bool(getattr(objective, "needs_teacher", False))
-    if wanted and teacher is None:
-        raise ValueError(f"the objective {objective!r} needs a teacher; give one, or an objective without")
-    if teacher is not None and not wanted:
-        raise ValueError(
-            f"the objective {objective!r} makes no use of the teacher; leave the teacher out, or add an "
-            f"objective that uses it, such as Attention() or LabelKD()"
-        )
-
-
-def _check_optimizer(student: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
-    own = {id(parameter) for parameter in student.parameters()}
-    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"optimizer has none of the student's parameters, so nothing would be trained; make it of "
-            f"student.parameters() of this very {type(student).__name__}"
-        )
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError("scheduler is a ReduceLROnPlateau, whose step wants a metric; use one that does not")
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise ValueError(
-            f"scheduler ({type(scheduler).__name__}) belongs to another optimizer than the trainer's; give "
-            f"the optimizer that it was made for, too"
-        )
 
 
 def _place(module: nn.Module, device: torch.device) -> None:

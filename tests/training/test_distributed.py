@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, models
 from lasnn_sj.distillation import CrossEntropy
 from lasnn_sj.runtime import distributed
+from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.dataloader import TrainingBatches
 from lasnn_sj.training.evaluation import evaluate
 
@@ -153,7 +154,11 @@ def test_batch_norm_is_evaluated_as_it_is_saved(tmp_path):
     assert evaluate(saved, loader(13))["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["plain", "distributed sampler", "in a batch sampler", "list"])
+class Subclass(DataLoader):
+    """Not a plain loader, and shuffled: processes that draw for themselves see other batches."""
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed sampler", "in a batch sampler", "list", "subclass"])
 def test_evaluation_counts_every_sample_once(kind):
     """5 samples, 3 of them right, in batches of 2: padding to 6 would count one twice."""
     x, y = torch.tensor([[0.0], [1], [2], [3], [0]]), torch.tensor([0, 1, 2, 0, 1])
@@ -164,6 +169,9 @@ def test_evaluation_counts_every_sample_once(kind):
         if kind == "in a batch sampler":
             sampler = DistributedSampler(TensorDataset(x, y), 2, torch.distributed.get_rank())
             return DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(sampler, 2, False))
+        if kind == "subclass":
+            torch.manual_seed(100 + torch.distributed.get_rank())
+            return Subclass(TensorDataset(x, y), 2, shuffle=True)
         plain = DataLoader(TensorDataset(x, y), 2)
         return plain if kind == "plain" else list(plain)
 
@@ -172,6 +180,49 @@ def test_evaluation_counts_every_sample_once(kind):
     assert results[0] == results[1]
     assert results[0] == pytest.approx(expected)
     assert (expected["samples"], expected["top1"]) == (5, pytest.approx(60))
+
+
+class TwoHeads(nn.Module):
+    """Only one head has a part in the output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.unused = nn.Linear(64, K), nn.Linear(64, K)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def test_weights_without_a_part_in_the_output_are_no_obstacle():
+    alone = Trainer(TwoHeads(), seed=0)
+    alone.fit(loader(24, batch=8), epochs=1)
+
+    def run(rank):
+        trainer = Trainer(TwoHeads(), seed=0)
+        trainer.fit(loader(24, batch=4), epochs=1)
+        return trainer.step, trainer.student.head.weight.detach().clone()
+
+    (steps, weight), (_, other) = together(run)
+    assert steps == 3
+    assert torch.equal(weight, other)
+    torch.testing.assert_close(weight, alone.student.head.weight.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_of_unequal_last_batches():
+    """Processes with 4 and 3 samples in their last batch, in 4 pieces: both make 3."""
+
+    def run(rank):
+        x, y = data(8)[:]
+        sizes = [4, 4 - rank]
+        batches = [(x[:n], y[:n]) for n in sizes]
+        trainer = Trainer(TwoHeads(), seed=0, options=TrainingOptions(accumulate=4))
+        trainer.fit(batches, epochs=1)
+        return trainer.step, trainer.student.head.weight.detach().clone()
+
+    (steps, weight), (_, other) = together(run)
+    assert steps == 2
+    assert torch.equal(weight, other)
 
 
 def test_a_process_without_a_sample_to_evaluate():

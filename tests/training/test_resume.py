@@ -251,7 +251,13 @@ def test_every_part_of_the_loss_is_in_the_table(tmp_path, stops):
     steps = 0
     for step in stops:
         objective = WarmUp(steps)
-        trainer = make_trainer(tmp_path, checkpoint_every=1, objective=objective, callbacks=[StopAt(step)])
+        trainer = make_trainer(
+            tmp_path,
+            checkpoint_every=1,
+            objective=objective,
+            attention="activation",
+            callbacks=[StopAt(step)],
+        )
         try:
             trainer.fit(make_loader(), epochs=2)
         except Stop:

@@ -200,9 +200,7 @@ def test_two_checkpoints_are_kept(tmp_path):
 
 def test_a_run_folder_of_other_settings_is_refused(tmp_path):
     trainer_for(small_student(), small_teacher(), tmp_path).fit(loader(8), epochs=1)
-    with pytest.raises(
-        ValueError, match=r"objective: there 'CrossEntropy\(\) \+ Attention\(\)', here '.*alpha=0.5"
-    ):
+    with pytest.raises(ValueError, match=r"\(objective.objectives.1.alpha: there 0.9, here 0.5\)"):
         trainer_for(small_student(), small_teacher(), tmp_path, alpha=0.5).fit(loader(8), epochs=2)
 
 
@@ -421,9 +419,13 @@ def test_arguments_that_would_be_found_out_late_or_never():
     for optimizer in (sgd, None):
         with pytest.raises(ValueError, match="scheduler .* belongs to another optimizer"):
             LaSNNTrainer(student, optimizer=optimizer, scheduler=step)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
-    with pytest.raises(ValueError, match="ReduceLROnPlateau, whose step wants a metric"):
-        LaSNNTrainer(student, optimizer=sgd, scheduler=plateau)
+    for mode, loaders, message in (
+        ("min", [[]], "give fit a val_loader"),
+        ("max", [[], []], "give mode='min'"),
+    ):
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd, mode)
+        with pytest.raises(ValueError, match=f"ReduceLROnPlateau.*{message}"):
+            LaSNNTrainer(student, optimizer=sgd, scheduler=plateau).fit(*loaders)
     with pytest.raises(ValueError, match="validate_every must be a whole number, at least 1, got 0"):
         LaSNNTrainer(student).fit([], [], validate_every=0)
 
@@ -441,6 +443,9 @@ def test_a_run_with_and_one_without_scheduler_are_not_the_same(tmp_path, schedul
         trainer.fit(loader(8), epochs=epochs)
 
     run(scheduled, 1)
+    with pytest.raises(ValueError, match="other settings .scheduler: there"):
+        run(not scheduled, 2)
+    (tmp_path / "settings.json").unlink()
     with pytest.raises(CheckpointError, match=f"its run had {'a' if scheduled else 'no'} scheduler"):
         run(not scheduled, 2)
 
