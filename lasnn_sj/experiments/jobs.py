@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from ..neurons import keep_freed_memory
+from ..neurons import disable_malloc_trim
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _call(job: object) -> str | None:
 
 def _attempt(work: Callable[[Job, str], object], job: Job, device: str) -> str | None:
     if device == "cpu":
-        keep_freed_memory()  # mapping memory anew for every large tensor takes longer than filling it
+        disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
     try:
         work(job, device)
     except Exception as error:  # one job must not take the others' hours with it
