@@ -1,19 +1,13 @@
-"""What a trained student does on test images, written so that a report needs neither network nor data."""
+"""Inspection of a trained student on test data, written so that a report needs neither network nor data."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import logging
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -34,32 +28,38 @@ from ..distillation import (
 )
 from ..distillation.pairs import LEVELS
 from ..models.readout import BatchError, class_scores, resolve_readout
-from ..neurons import backend
 from ..runtime import distributed, files, random_state
 from ..training.evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
 from ..training.trainer import Trainer
 from .energy import COST, count_operations
-from .spikes import spike_statistics
+from .environment import environment
+from .spikes import first_samples, record_traces, spike_statistics, threshold_of
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files; to be raised when their meaning changes
-COUNTED = 32  # samples on which operations are counted
-PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "numba", "tonic", "timm", "cupy-cuda12x",
-            "cupy-cuda13x")  # fmt: skip
+MOST_STEPS = 256  # time steps of the traces that are kept
 
 
-def inspect(trainer: Trainer, loader: Iterable, *, examples: int = 8, samples: int = 2000) -> Path:
-    """Write the results of a trained student into its run folder, for the report and for TensorBoard.
+def inspect(
+    trainer: Trainer,
+    loader: Iterable,
+    *,
+    examples: int = 8,
+    samples: int = 2000,
+    classes: Sequence[str] | None = None,
+) -> Path:
+    """Inspect a trained student and write the results into its run folder, for reports and TensorBoard.
 
-    See :func:`inspect_student`, to which the trainer's networks, encoder and settings are given. The
-    pictures, and the settings beside the results (HParams), are added to the run's TensorBoard folder.
+    Calls :func:`inspect_student` with the trainer's networks, encoder and settings. The pictures, and the
+    settings beside the results (HParams), are added to the run's TensorBoard folder.
 
     Args:
-        trainer: of a student in a run folder.
+        trainer: trainer with a ``run_dir``.
         loader: test batches ``(images, labels)``.
         examples: number of samples whose maps are kept.
         samples: number of samples in which spikes are counted and examples are sought.
+        classes: names of the classes; those of the loader's data set, if it has some, if not given.
 
     Returns:
         Path of ``inspection.json``.
@@ -72,7 +72,8 @@ def inspect(trainer: Trainer, loader: Iterable, *, examples: int = 8, samples: i
     path = inspect_student(
         trainer.student, trainer.teacher, loader, trainer.encoder, trainer.run_dir,
         attention=next((one for one in trainer.members if isinstance(one, Attention)), None),
-        readout=trainer.readout, examples=examples, samples=samples, device=trainer.device, seed=trainer.seed,
+        readout=trainer.readout, examples=examples, samples=samples, classes=classes, device=trainer.device,
+        seed=trainer.seed,
     )  # fmt: skip
     if distributed.is_main():
         _show(trainer.run_dir / "tensorboard", trainer.settings(), path)
@@ -90,39 +91,43 @@ def inspect_student(
     readout: Literal["auto", "last", "mean"] = "auto",
     examples: int = 8,
     samples: int = 2000,
+    classes: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> Path:
-    """Look at a trained student and write ``inspection.json`` and ``inspection.npz`` into its run folder.
+    """Inspect a trained student and write ``inspection.json`` and ``inspection.npz`` into a folder.
 
-    The first holds accuracy after each time step, operations and energy by then beside the same network's
-    as ANN, firing rate, spikes and threshold of each layer, and versions, hardware and command line. The
-    second holds, for some samples that the student gets right and some that it gets wrong, the input as a
-    picture and the attention maps of both networks at each level as training compares them: L2-normalised,
-    the teacher's at the student's size (Eq. 5-6, 10-11).
+    The first file holds accuracy after each time step, operations and energy by then beside those of the
+    same network as ANN, firing rate, spikes and threshold of each layer, and versions, hardware and command
+    line. The second holds the confusion matrix; for some samples that the student gets right and some that
+    it gets wrong, the input as a picture and the attention maps of both networks at each level as training
+    compares them: L2-normalized, the teacher's at the student's size (Eq. 5-6, 10-11); and for the first of
+    them spikes and potentials of a few neurons of each layer.
 
-    Networks and random generators are left as they were. Of several processes all must call it, and the
-    first writes.
+    Networks and random-number generators are left as they were. With several processes all must call it;
+    the first writes.
 
     Args:
         student: spiking network in multi-step mode.
-        teacher: images to logits; without one there are only the student's maps.
-        loader: test batches ``(images, labels)``, gone through about three times.
-        encoder: gives the student's input its time axis; ``None`` for event frames ``[T, N, ...]``.
-        run_dir: made if it is not there.
-        attention: the objective whose maps and pairs are shown; activation attention if not given.
+        teacher: network from images to logits; without one there are only the student's maps.
+        loader: test batches ``(images, labels)``, iterated about four times.
+        encoder: encodes images ``[N, ...]`` as ``[T, N, ...]``; ``None`` for event frames.
+        run_dir: folder of the files; made if it is not there.
+        attention: objective whose maps and pairs are shown; activation attention if not given.
         readout: as for :class:`~lasnn_sj.LaSNNTrainer`.
-        examples: samples whose maps are kept; half of them wrong ones, as far as there are.
-        samples: how many samples spikes are counted and examples are sought in.
-        device: the student's if not given.
-        seed: of the run, written down.
+        examples: number of samples whose maps are kept; half of them wrong ones, as far as there are.
+        samples: number of samples in which spikes are counted and examples are sought.
+        classes: names of the classes; those of the loader's data set, if it has some, if not given.
+        device: device to run on; the student's if not given.
+        seed: seed of the run, to be written down.
 
     Returns:
         Path of ``inspection.json``.
 
     Raises:
         BatchError: an empty loader or a batch that cannot be used.
-        ValueError: an input without time axis, a student without neurons, or no examples.
+        ValueError: an input without time axis and no encoder, a student without neurons, no examples, or
+            fewer names than classes.
         TapError: pairs that were given and cannot be tapped.
     """
     if examples < 1:
@@ -132,21 +137,20 @@ def inspect_student(
     device = torch.device(device) if device is not None else device_of(student)
     readout = resolve_readout(student, readout)
     with _kept_as_they_were(student, teacher, encoder):
-        images, axis = _first(loader, COUNTED)
-        if encoder is None and axis == 0:
-            raise ValueError(
-                f"inspect looks at spiking networks: give an encoder for images {tuple(images.shape)}, or "
-                f"event frames [T, N, C, H, W]"
-            )
+        images, _, axis = next(first_samples(loader, encoder, 2), (None, None, 0))
+        if images is None:
+            raise BatchError("the loader for the inspection gave no batch")
         small = images.to(device)
         # so that what follows draws the codes that an evaluation by itself draws
         with _kept_as_they_were(student, teacher, encoder), torch.no_grad():
             encoded = small if encoder is None else encoder(small)
             outputs = student(encoded)
         every_step = outputs.dim() == 3
-        with _kept_as_they_were(student, teacher, encoder):  # the codes that an evaluation by itself draws
-            operations = count_operations(student, loader, encoder, samples=COUNTED, device=device)
-        result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step)
+        names = _class_names(classes, loader, outputs.shape[-1])
+        with _kept_as_they_were(student, teacher, encoder):
+            operations = count_operations(student, loader, encoder, device=device)
+        result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step,
+                          confusion=True)  # fmt: skip
         seen = spike_statistics(student, loader, encoder, samples=samples, device=device)
         given = attention is not None and attention.pairs is not None
         # A copy of its own: the trainer's may not have chosen its pairs yet.
@@ -154,9 +158,13 @@ def inspect_student(
         maps = _Maps(student, teacher, shown)
         try:
             levels, missing = maps.prepare(encoded, small, axis, outputs, given)
-            chosen, arrays = _examples(maps, levels, loader, encoder, readout, examples, samples, device)
+            chosen, inputs, arrays = _examples(
+                maps, levels, loader, encoder, readout, examples, samples, device
+            )
         finally:
             maps.close()
+        traces, traced = _traces(student, inputs.narrow(axis, 0, 1), encoder, device)
+    arrays |= traced | {"confusion": result["confusion"].numpy().astype(np.int32)}
     modules = dict(student.named_modules())
     found = {
         "format": FORMAT,
@@ -170,6 +178,7 @@ def inspect_student(
         "top1": result["top1"],
         "loss": result["loss"],
         "samples": result["samples"],
+        "classes": names,
         "top1_over_time": result.get("top1_over_time"),
         "spikes_per_neuron": seen.mean,
         "spike_samples": seen.samples,
@@ -179,7 +188,7 @@ def inspect_student(
                 "neurons": seen.neurons[name],
                 "spikes_per_neuron": spikes,
                 "firing_rate": spikes / seen.T,
-                "v_threshold": _number(getattr(modules[name], "v_threshold", None)),
+                "v_threshold": threshold_of(modules[name]),
             }
             for name, spikes in seen.spikes_per_neuron.items()
         ],
@@ -193,6 +202,7 @@ def inspect_student(
         "attention": shown.kind,
         "levels": levels,
         "examples": chosen,
+        "traces": traces,
         "missing": missing,
         "environment": environment(device),
     }
@@ -233,7 +243,7 @@ def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> Non
         writer.add_images("inspection/input", arrays["inputs"], dataformats="NHWC")
         for name in arrays.files:
             who, _, level = name.partition("_")
-            if level:
+            if who in ("teacher", "student"):
                 maps = arrays[name]
                 bright = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
                 writer.add_images(f"inspection/level {level}, {who}", bright[..., None], dataformats="NHWC")
@@ -241,50 +251,35 @@ def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> Non
         writer.add_hparams(flat, results, run_name=".")
 
 
-def _first(loader: Iterable, count: int) -> tuple[Tensor, int]:
-    """The first samples of a loader and the axis that they lie along."""
-    found: list[Tensor] = []
-    for index, batch in enumerate(loader):
-        images, labels = check_batch(batch, f"inspection batch {index}")
-        axis = batch_axis(images, labels)
-        found.append(images.narrow(axis, 0, min(count, len(labels))))
-        count -= len(labels)
-        if count <= 0:
-            break
-    if not found:
-        raise BatchError("the loader for the inspection gave no batch")
-    return torch.cat(found, axis), axis
+def _class_names(classes: Sequence[str] | None, loader: Iterable, K: int) -> list[str] | None:
+    """Names of the ``K`` classes: those given, or the attribute ``classes`` of the loader's data set."""
+    if classes is None:
+        dataset = getattr(loader, "dataset", None)
+        while dataset is not None and not hasattr(dataset, "classes"):
+            dataset = getattr(dataset, "dataset", None)  # of a Subset
+        found = getattr(dataset, "classes", None)
+        return [str(name) for name in found][:K] if found and len(found) >= K else None
+    if len(classes) < K:
+        raise ValueError(f"classes must be {K} names, one for each of the student's, got {len(classes)}")
+    return [str(name) for name in classes][:K]
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, object]:
-    """Versions, hardware, command line, date and what runs the neurons, as JSON can hold them."""
-    versions = {"python": platform.python_version()}
-    for package in ("lasnn-sj", *PACKAGES):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    hardware = {"system": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
-    hardware["cores"] = os.cpu_count()
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        hardware["gpu"] = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
-        versions["cuda"] = torch.version.cuda
-    choice = backend(device)
-    return {
-        "versions": versions,
-        "hardware": hardware | {"device": str(device)},
-        "neurons": f"{choice.name} ({choice.reason})",
-        "command": shlex.join(sys.argv),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _traces(
+    student: nn.Module, sample: Tensor, encoder: nn.Module | None, device: torch.device
+) -> tuple[list[dict[str, object]], dict[str, np.ndarray]]:
+    """Neurons whose spikes and potentials are kept, and these, ``[T, all of them]``."""
+    try:
+        found = record_traces(student, sample, encoder, device=device)
+    except (RuntimeError, ValueError, IndexError) as error:  # it needs the whole sequence
+        log.info("no spikes and potentials of single neurons: %s", error)
+        return [], {}
+    layers = [
+        {"layer": name, "neurons": neurons, "v_threshold": found.v_threshold.get(name)}
+        for name, neurons in found.neurons.items()
+    ]
+    spikes, potentials = (torch.cat(list(values.values()), 1)[:MOST_STEPS].numpy()
+                          for values in (found.spikes, found.potentials))  # fmt: skip
+    return layers, {"trace_spikes": spikes.astype(np.uint8), "trace_potentials": potentials}
 
 
 @contextmanager
@@ -366,8 +361,8 @@ def _examples(
     examples: int,
     samples: int,
     device: torch.device,
-) -> tuple[list[dict[str, int | None]], dict[str, np.ndarray]]:
-    """The first samples that are right and the first that are wrong, with what is shown of them."""
+) -> tuple[list[dict[str, int | None]], Tensor, dict[str, np.ndarray]]:
+    """The first samples that are right and the first that are wrong: labels, inputs, and arrays to keep."""
     kinds: dict[bool, list[tuple[dict, Tensor, list[Tensor]]]] = {True: [], False: []}
     half, seen = examples // 2, 0
     for index, batch in enumerate(loader):
@@ -399,7 +394,7 @@ def _examples(
         pairs = maps_of.attention.chosen
         for number, (found, pair) in enumerate(zip(maps_of.attention.teacher_maps(signals), pairs)):
             arrays[f"teacher_{number}"] = found.view(-1, *pair.size).float().cpu().numpy()
-    return abouts, arrays
+    return abouts, inputs, arrays
 
 
 def _pictures(images: Tensor, axis: int) -> np.ndarray:
@@ -416,10 +411,3 @@ def _pictures(images: Tensor, axis: int) -> np.ndarray:
         x = x.mean(1, keepdims=True).repeat(3, axis=1)
     low, high = (-1.0, 1.0) if np.abs(x).max(initial=0) <= 1 else (x.min(), x.max())
     return (255 * (x - low) / max(high - low, 1e-12)).round().astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _number(value: object) -> float | None:
-    """A threshold, where a layer has just one."""
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else None
-    return float(value) if isinstance(value, (int, float)) else None

@@ -177,6 +177,12 @@ class EventFrames(Dataset):
         return len(self.indices)
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names by label, where Tonic has them."""
+        found = getattr(self.recordings, "classes", None)
+        return tuple(found) if found else None
+
+    @property
     def labels(self) -> Tensor:
         """Labels ``[n]``."""
         return torch.tensor([int(self.recordings.targets[index]) for index in self.indices])

@@ -23,6 +23,10 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
+CLASSES = {
+    "digits": tuple("0123456789"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
 NAMES = ("digits", *STATISTICS)
 MOST_CLASSES = 100_000  # of a file with fewer images; a stray label must not make a network of gigabytes
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -35,12 +39,20 @@ class Images(Dataset):
         images: ``[n, H, W, C]``, uint8.
         labels: ``[n]``, whole numbers.
         transform: from an image ``[C, H, W]`` (uint8) to what a network takes.
+        classes: names by label, where they are known.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        transform: Callable[[Tensor], Tensor],
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         self.labels = torch.from_numpy(np.asarray(labels).astype(np.int64))
         self.transform = transform
+        self.classes = None if classes is None else tuple(classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -284,7 +296,7 @@ def _cifar(name: str, root: Path, augment: bool, download: bool) -> ImageData:
             f"downloaded there, without one put torchvision's archive there or give an .npz file"
         ) from error
     arrays = (train.data, np.array(train.targets), test.data, np.array(test.targets))
-    return _from_arrays(name, arrays, augment, STATISTICS[name])
+    return _from_arrays(name, arrays, augment, STATISTICS[name], train.classes)
 
 
 def _npz(path: Path, augment: bool) -> ImageData:
@@ -333,16 +345,18 @@ def _from_arrays(
     arrays: Sequence[np.ndarray],
     augment: bool,
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ImageData:
     x_train, y_train, x_test, y_test = arrays
     size = x_train.shape[1]
     if statistics is None:
         flat = x_train.reshape(-1, x_train.shape[-1]) / 255
         statistics = tuple(flat.mean(0).tolist()), tuple(np.maximum(flat.std(0), 1e-3).tolist())
+    classes = classes or CLASSES.get(name)
     return ImageData(
         name=name,
-        train=Images(x_train, y_train, transforms(size, augment)),
-        test=Images(x_test, y_test, transforms(size, False)),
+        train=Images(x_train, y_train, transforms(size, augment), classes),
+        test=Images(x_test, y_test, transforms(size, False), classes),
         num_classes=int(max(y_train.max(), y_test.max())) + 1,
         in_channels=x_train.shape[-1],
         image_size=size,

@@ -44,7 +44,8 @@ def evaluate(
     device: torch.device | str | None = None,
     chunk: int | None = None,
     over_time: bool = False,
-) -> dict[str, float | list[float]]:
+    confusion: bool = False,
+) -> dict[str, float | list[float] | Tensor]:
     """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
 
     Of several processes each takes its share of the samples (see :func:`.batches.evaluation_share`), and all
@@ -60,10 +61,12 @@ def evaluate(
             state from step to step, as those of :mod:`lasnn_sj.models` do; layers that look at the whole
             sequence need it whole.
         over_time: also say what the accuracy would be if the network were stopped after each step.
+        confusion: also count the predictions of each class.
 
     Returns:
         ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``; with ``over_time``
-        also ``top1_over_time``, the ``T`` values of ``top1`` after step 1 to ``T``, from the same pass.
+        also ``top1_over_time``, the ``T`` values of ``top1`` after step 1 to ``T``, from the same pass; with
+        ``confusion`` also ``confusion``, ``[K, K]`` int64: samples of each class (row) by prediction.
 
     Raises:
         BatchError: an empty loader or a batch that cannot be used.
@@ -71,7 +74,7 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
-    hits = 0
+    hits = counts = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
     share, quiet = evaluation_share(loader), None if distributed.is_main() else True
     with evaluating(model):
@@ -85,7 +88,11 @@ def evaluate(
             labels = labels.to(device)
             if over_time:
                 hits = hits + (steps.argmax(2) == labels).sum(1)
-            loss, right = F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()
+            loss, guesses = F.cross_entropy(scores, labels, reduction="sum"), scores.argmax(1)
+            right = (guesses == labels).sum()
+            if confusion:
+                K = scores.shape[1]
+                counts = counts + torch.bincount(K * labels + guesses, minlength=K * K)
             sums += torch.stack([loss.double(), right.double(), loss.new_tensor(len(labels)).double()])
     loss, right, samples = distributed.total(sums).tolist()
     if not samples:
@@ -93,13 +100,16 @@ def evaluate(
     result = {"loss": loss / samples, "top1": 100 * right / samples, "samples": int(samples)}
     if over_time:
         result["top1_over_time"] = (100 * _over_all(hits, device) / samples).tolist()
+    if confusion:
+        counts = _over_all(counts, device).long().cpu()
+        result["confusion"] = counts.view(round(len(counts) ** 0.5), -1)
     return result
 
 
-def _over_all(hits: Tensor | int, device: torch.device) -> Tensor:
-    """Right answers after each step, of all processes; one that had no sample has 0 for them."""
-    T = max(distributed.of_all(len(hits) if isinstance(hits, Tensor) else 0))
-    return distributed.total(torch.zeros(T, dtype=torch.float64, device=device) + hits)
+def _over_all(counts: Tensor | int, device: torch.device) -> Tensor:
+    """Sum of a vector over all processes; one that had no sample has 0 for it."""
+    size = max(distributed.of_all(len(counts) if isinstance(counts, Tensor) else 0))
+    return distributed.total(torch.zeros(size, dtype=torch.float64, device=device) + counts)
 
 
 def encoded_pieces(encoder: nn.Module | None, images: Tensor, chunk: int | None) -> Iterator[Tensor]:

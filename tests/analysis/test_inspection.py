@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.analysis.energy import count_operations
-from lasnn_sj.analysis.inspection import environment, inspect, inspect_student
-from lasnn_sj.analysis.spikes import spike_statistics
+from lasnn_sj.analysis.environment import environment
+from lasnn_sj.analysis.inspection import inspect, inspect_student
+from lasnn_sj.analysis.spikes import record_traces, spike_statistics
 from lasnn_sj.distillation import Attention, activation_map, spike_activation_map
 from lasnn_sj.distillation.taps import TapError
 from lasnn_sj.models.readout import BatchError
@@ -119,6 +120,60 @@ def test_examples_are_right_and_wrong_ones_with_both_networks_maps(seen):
         np.testing.assert_allclose(norms, 1, rtol=1e-5)
 
 
+def test_the_confusion_matrix_counts_every_sample(seen):
+    net, _, arrays = seen
+    x, labels = batches(24, 24).dataset.tensors
+    with torch.no_grad():
+        guesses = net.eval()(DirectEncoder(T)(x))[-1].argmax(1)
+    functional.reset_net(net)
+    expected = np.zeros((K, K))
+    for label, guess in zip(labels, guesses):
+        expected[label, guess] += 1
+    np.testing.assert_array_equal(arrays["confusion"], expected)
+
+
+def test_traces_are_those_of_the_first_example(seen):
+    net, found, arrays = seen
+    image = batches().dataset.tensors[0][[found["examples"][0]["index"]]]
+    traces = record_traces(net, image, DirectEncoder(T))
+    assert [entry["layer"] for entry in found["traces"]] == list(traces.neurons)
+    assert [entry["neurons"] for entry in found["traces"]] == list(traces.neurons.values())
+    assert {entry["v_threshold"] for entry in found["traces"]} == {0.2}
+    np.testing.assert_array_equal(arrays["trace_spikes"], torch.cat(list(traces.spikes.values()), 1))
+    np.testing.assert_array_equal(arrays["trace_potentials"], torch.cat(list(traces.potentials.values()), 1))
+
+
+def test_names_of_the_classes(tmp_path):
+    loader = batches()
+    loader.dataset.classes = ["cat", "dog", "bird", "fish", "more"]
+    inspect_student(student(), None, loader, DirectEncoder(T), tmp_path)
+    assert read(tmp_path)[0]["classes"] == ["cat", "dog", "bird", "fish"]
+    part = DataLoader(torch.utils.data.Subset(loader.dataset, range(8)), 8)
+    inspect_student(student(), None, part, DirectEncoder(T), tmp_path)
+    assert read(tmp_path)[0]["classes"] == ["cat", "dog", "bird", "fish"]
+    inspect_student(student(), None, batches(), DirectEncoder(T), tmp_path, classes="abcd")
+    assert read(tmp_path)[0]["classes"] == list("abcd")
+    inspect_student(student(), None, batches(), DirectEncoder(T), tmp_path)
+    assert read(tmp_path)[0]["classes"] is None
+
+
+def test_a_network_that_needs_its_whole_sequence_has_no_traces(tmp_path):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = student()
+
+        def forward(self, x):
+            if len(x) != T:
+                raise RuntimeError(f"this network takes {T} steps")
+            return self.net(x)
+
+    inspect_student(Whole(), None, batches(), DirectEncoder(T), tmp_path)
+    found, arrays = read(tmp_path)
+    assert found["traces"] == []
+    assert "trace_spikes" not in arrays
+
+
 def test_gradient_maps(tmp_path):
     net = student()
     inspect_student(
@@ -169,7 +224,7 @@ def test_event_frames_and_no_teacher(tmp_path):
     inspect_student(net, None, [(frames, torch.arange(6) % K)], None, tmp_path, examples=4)
     found, arrays = read(tmp_path)
     assert found["levels"] == [{"student": "1", "teacher": None}]
-    assert sorted(arrays) == ["inputs", "student_0"]
+    assert sorted(arrays) == ["confusion", "inputs", "student_0", "trace_potentials", "trace_spikes"]
     assert (found["teacher"], found["missing"], found["T"]) == (None, None, 4)
     assert all(entry["teacher"] is None for entry in found["examples"])
     assert not any(found["operations"]["macs"])  # events are spikes
@@ -186,7 +241,7 @@ def test_a_student_without_feature_maps_has_the_rest(tmp_path):
     assert found["levels"] == []
     assert "has no spiking layer with a feature map" in found["missing"]
     assert len(found["top1_over_time"]) == T
-    assert list(arrays) == ["inputs"]
+    assert not any(name.startswith(("student", "teacher")) for name in arrays)
 
 
 @pytest.mark.parametrize("encoder", [DirectEncoder(T), None])
@@ -253,7 +308,12 @@ def test_tensorboard_has_the_pictures_and_the_settings_with_what_came_of_them(tm
     [
         ({"loader": []}, BatchError, "gave no batch"),
         ({"examples": 0}, ValueError, "examples must be at least 1, got 0"),
-        ({"encoder": None}, ValueError, r"give an encoder for images \(24, 3, 16, 16\)"),
+        (
+            {"classes": ["cat"]},
+            ValueError,
+            "classes must be 4 names, .* got 1",
+        ),
+        ({"encoder": None}, ValueError, r"give an encoder for images \(8, 3, 16, 16\)"),
         (
             {"attention": Attention(pairs=[("features.9", "layer1")])},
             TapError,

@@ -454,6 +454,27 @@ def test_distances_of_the_maps_by_level(tmp_path, undrawn):
     assert not any(label.startswith("attention low") for label in page.labels)
 
 
+def test_samples_have_the_names_of_their_classes(tmp_path, inspected, undrawn):
+    run = make_run(tmp_path / "run", inspected)
+    found = json.loads((run / "lasnn" / "inspection.json").read_text())
+    found["classes"] = ["cat", "dog", "bird", "fish"]
+    found["examples"][0] |= {"label": 1, "prediction": 3, "teacher": 0}
+    write(run / "lasnn" / "inspection.json", found)
+    with np.load(run / "lasnn" / "inspection.npz") as arrays:
+        counts = np.array([[4, 0, 0, 0], [0, 1, 0, 3], [0, 0, 4, 0], [1, 0, 0, 3]])
+        np.savez(run / "lasnn" / "inspection.npz", **(dict(arrays) | {"confusion": counts}))
+    page = Page(report(run))
+    assert "✗ dog, taken for fish (teacher: cat)" in page.text
+    assert "Most frequent errors: dog taken for fish (3 of 4); fish taken for cat (1 of 4)." in page.text
+    assert "class 0" in page.text  # hybrid's inspection has no names
+    assert page.label("Confusion matrix of LaSNN: 12 of 16 samples lie on the diagonal.")
+    neurons = sum(len(entry["neurons"]) for entry in found["traces"])
+    label = page.label("Spikes and potentials of")
+    assert label.startswith(
+        f"Spikes and potentials of {neurons} neurons of hybrid (CE only) on a sample of class"
+    )
+
+
 def test_layers_that_never_fire_are_named(tmp_path, inspected, undrawn):
     run = make_run(tmp_path / "run", inspected)
     found = json.loads((run / "lasnn" / "inspection.json").read_text())
@@ -551,7 +572,8 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path, inspected, undr
     assert "lasnn/inspection.npz is damaged in student_0" in page.text
     assert "hybrid (CE only) ends at 1.5" in page.label("training loss")
     assert page.table("Results on the test data")["LaSNN"]["accuracy, %"] == "68.75"
-    assert len(page.images) == 4 * (len(names) - 1)  # all arrays of lasnn's but the damaged one
+    maps = [name for name in names if name.partition("_")[2].isdigit()]
+    assert len(page.images) == 4 * len(maps)  # the inputs, and all maps of lasnn's but the damaged one
 
 
 @pytest.mark.parametrize(
@@ -585,7 +607,7 @@ def test_an_older_or_strange_inspection_is_survived(tmp_path, inspected, junk, u
     for key in found:
         write(tmp_path / key / "inspection.json", found | {key: junk, "format": 0})
         write(tmp_path / key / "result.json", {key: junk, "top1": junk, "spikes": junk, "loss": 1.0})
-    for key in ("layers", "examples", "levels"):
+    for key in ("layers", "examples", "levels", "traces"):
         for inner in found[key][0]:
             broken = [entry | {inner: junk} for entry in found[key]]
             write(tmp_path / f"{key}_{inner}" / "inspection.json", found | {key: broken})
@@ -609,6 +631,9 @@ def test_an_older_or_strange_inspection_is_survived(tmp_path, inspected, junk, u
         {"student_0": np.full((4, 2, 2), np.nan, np.float32), "teacher_0": np.zeros((4, 2, 2), np.int64)},
         {"student_0": np.zeros((1, 2, 2), np.float32)},
         {"student_0": np.array([{}] * 4, dtype=object)},
+        {"confusion": np.zeros((2, 3), np.int32), "trace_spikes": np.zeros((4, 0), np.uint8)},
+        {"confusion": np.full((4, 4), -1), "trace_potentials": np.zeros((4, 2, 2), np.float32)},
+        {"confusion": np.full((4, 4), 0.5), "trace_spikes": np.ones((4, 3), np.uint8)},
     ],
     ids=lambda odd: ", ".join(f"{name} {array.dtype}{array.shape}" for name, array in odd.items()),
 )
@@ -616,9 +641,14 @@ def test_strange_arrays_are_left_out(tmp_path, inspected, undrawn, odd):
     shutil.copy(inspected / "inspection.json", tmp_path)
     with np.load(inspected / "inspection.npz") as arrays:
         np.savez(tmp_path / "inspection.npz", **(dict(arrays) | odd))
-    shown = len(Page(report(tmp_path)).images) // 4
+    page = Page(report(tmp_path))
+    shown = len(page.images) // 4
     nan = "student_0" in odd and odd["student_0"].dtype == np.float32 and np.isnan(odd["student_0"]).any()
-    assert shown == (0 if "inputs" in odd else 7 - len(odd) + nan)
+    maps = sum("_0" in name for name in odd)
+    assert shown == (0 if "inputs" in odd else 7 - maps + nan)
+    for name, start in (("confusion", "Confusion matrix"), ("trace_", "Spikes and potentials")):
+        drawn = any(label.startswith(start) for label in page.labels)
+        assert drawn == (not any(key.startswith(name) for key in odd))
 
 
 def test_values_that_no_float_or_file_can_hold(tmp_path, undrawn):

@@ -226,3 +226,16 @@ def test_a_network_without_steps_has_no_curve():
     loader = batches(torch.rand(2, 3))
     with pytest.raises(ValueError, match=r"over_time needs a network .* Linear gives \(2, 3\)"):
         evaluate(nn.Linear(3, 3), loader, over_time=True)
+
+
+def test_the_confusion_matrix_by_hand():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x
+
+    scores = torch.eye(3)[[0, 1, 1, 2, 0]]
+    loader = DataLoader(TensorDataset(scores, torch.tensor([0, 1, 2, 2, 1])), 2)
+    result = evaluate(Fixed(), loader, confusion=True)
+    assert result["confusion"].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    assert result["top1"] == 60
+    assert "confusion" not in evaluate(Fixed(), loader)

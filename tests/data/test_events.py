@@ -101,7 +101,7 @@ def test_frames_of_equal_count_are_tonics_where_it_drops_nothing(T):
 def test_a_dvs_gesture_folder(root):
     data = events.load("dvs-gesture", root, Framing(T=4), augment=False)
     assert (len(data.train), len(data.test), data.num_classes, data.image_size) == (110, 110, 11, 128)
-    assert data.classes[3] == "Right arm cw"
+    assert data.classes[3] == data.test.classes[3] == "Right arm cw"
     for part in (data.train, data.test):
         assert sorted(part[i][1] for i in range(110)) == sorted(list(range(11)) * 10)
     frames, label = data.train[item_of(data.train, "user03_led/7.npy")]

@@ -29,6 +29,7 @@ def test_digits_sizes(digits):
     assert (len(digits.train), len(digits.test)) == (1437, 360)
     assert (digits.num_classes, digits.in_channels, digits.image_size) == (10, 1, 8)
     assert digits.train[0][0].shape == (1, 8, 8)
+    assert digits.test.classes == tuple("0123456789")
 
 
 def test_digits_pixels_fill_minus_one_to_one(digits):
