@@ -168,7 +168,7 @@ class _Grids:
 
 
 def _probe(model: nn.Module, x: Tensor, lead: int) -> list[_Seen]:
-    """Modules whose output is a map, in the order in which they finish (the last call counts)."""
+    """Record the modules that return a tensor, in the order in which they finish (the last call counts)."""
     seen: dict[str, _Seen] = {}
     keep: list[Tensor] = []
     activated: set[int] = set()
@@ -179,7 +179,7 @@ def _probe(model: nn.Module, x: Tensor, lead: int) -> list[_Seen]:
             entry = seen.pop(name, None) or _Seen(name)
             entry.calls += 1
             entry.size, entry.form = grids.recognize(module, output)
-            if entry.size is not None:
+            if isinstance(output, Tensor):
                 keep.append(output)  # while it is kept, no other tensor has its id
                 if type(module).__module__ == "torch.nn.modules.activation":
                     activated.add(id(output))
@@ -200,7 +200,7 @@ def _probe(model: nn.Module, x: Tensor, lead: int) -> list[_Seen]:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return [entry for entry in seen.values() if entry.size is not None]
+    return [entry for entry in seen.values() if entry.output is not None]
 
 
 def _is_neuron(module: nn.Module) -> bool:
@@ -231,7 +231,7 @@ def _levels(layers: Sequence[_Seen]) -> list[_Seen]:
 
 def _student_levels(student: nn.Module, seen: Iterable[_Seen]) -> list[_Seen]:
     modules = dict(student.named_modules())
-    spiking = [e for e in seen if _is_neuron(modules[e.name]) and e.calls == 1]
+    spiking = [e for e in seen if e.size and _is_neuron(modules[e.name]) and e.calls == 1]
     if not spiking:
         raise TapError(
             f"{type(student).__name__} has no spiking layer with a feature map [T, N, C, H, W] or tokens of "
@@ -242,6 +242,7 @@ def _student_levels(student: nn.Module, seen: Iterable[_Seen]) -> list[_Seen]:
 
 
 def _teacher_levels(teacher: nn.Module, seen: Sequence[_Seen]) -> list[_Seen]:
+    seen = [entry for entry in seen if entry.size]
     blocks = _repeated_blocks(teacher)
     tokens = [e for e in seen if e.calls == 1 and e.name in blocks and e.form in ("NLC", "NHWC")]
     if tokens:
@@ -336,7 +337,9 @@ def choose_pairs(
         ]
     mine = _student_levels(student, of_student.values())
     if gradients:
-        idle = _without_gradient(teacher, images, [e for e in of_teacher.values() if e.form == "NLC"])
+        idle = _without_gradient(
+            teacher, images, [e for e in of_teacher.values() if e.size and e.form == "NLC"]
+        )
         of_teacher = {name: entry for name, entry in of_teacher.items() if name not in idle}
     theirs = _teacher_levels(teacher, list(of_teacher.values()))
     count = min(len(mine), len(theirs))
@@ -378,14 +381,21 @@ def _named_pair(
     level: str,
 ) -> Pair:
     found = []
-    for role, model, seen, name in (
-        ("student", student, of_student, student_name),
-        ("teacher", teacher, of_teacher, teacher_name),
+    for role, model, seen, name, lead in (
+        ("student", student, of_student, student_name, 2),
+        ("teacher", teacher, of_teacher, teacher_name, 1),
     ):
         full = find_module(model, name, role)
         entry = seen.get(full)
-        if entry is None:
-            raise TapError(f"{role} tap '{full}' gives no feature map of at least 2 pixels in a forward pass")
+        if entry is not None and entry.size is None and entry.output.dim() == lead + 3:
+            # given by name, a layer may be larger than those before it
+            entry.size, entry.form = tuple(entry.output.shape[-2:]), "NCHW"
+        if entry is None or entry.size is None or math.prod(entry.size) < 2:
+            got = "no tensor" if entry is None else f"shape {tuple(entry.output.shape)}"
+            raise TapError(
+                f"{role} tap '{full}' gives no feature map of at least 2 pixels and no tokens of such a map, "
+                f"but {got}"
+            )
         if entry.calls != 1:
             raise TapError(
                 f"{role} tap '{full}' runs {entry.calls} times in a forward pass; name one that runs once"

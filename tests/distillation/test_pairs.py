@@ -257,3 +257,21 @@ def test_a_teacher_that_enlarges_its_images():
     )  # fmt: skip
     sizes = [p.teacher_size for p in pairs_of(models.vgg5(10, width=0.1), teacher)]
     assert sizes == [(128, 128), (64, 64), (32, 32)]
+
+
+def test_a_layer_that_is_given_may_be_larger_than_those_before_it():
+    class Enlarging(nn.Module):
+        def forward(self, x):
+            return x.repeat_interleave(8, -1).repeat_interleave(8, -2)
+
+    student = nn.Sequential(
+        layer.Conv2d(3, 4, 4, 4, step_mode="m"), Enlarging(), LIFNode(v_threshold=0.1, step_mode="m"),
+        layer.AdaptiveAvgPool2d(1, step_mode="m"), layer.Flatten(step_mode="m"),
+        layer.Linear(4, 10, step_mode="m"),
+    )  # fmt: skip
+    with pytest.raises(TapError, match="no spiking layer"):
+        pairs_of(student, models.teacher_resnet20(10))
+    (pair,) = pairs_of(student, models.teacher_resnet20(10), [("2", "layer1")])
+    assert (pair.size, pair.form) == ((64, 64), "NCHW")
+    with pytest.raises(TapError, match=r"'4' gives no feature map .*, but shape \(2, 2, 4\)"):
+        pairs_of(student, models.teacher_resnet20(10), [("4", "layer1")])

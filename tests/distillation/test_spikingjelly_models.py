@@ -5,6 +5,7 @@ of ``spiking_vggws_ottt``, which are trained online, one step at a time, and ``s
 which need the result of an architecture search. A module's deeper and wider builders build the same layers.
 """
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,9 @@ from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, 
 from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, models
-from lasnn_sj.distillation import Attention
+from lasnn_sj.analysis.inspection import inspect_student
+from lasnn_sj.distillation import Attention, StudentTaps
+from lasnn_sj.neurons import accelerate
 
 T, K = 2, 4
 LIF = {"spiking_neuron": neuron.LIFNode, "detach_reset": True}
@@ -133,3 +136,29 @@ def test_a_step_of_attention_trains_the_network(name, kind, vit):
         assert 0 < row["attention"] < 3  # 0.9 / 2 of three distances, each below 2
         changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
         assert len(changed) > len(before) / 2
+
+
+def test_readings_of_tokens_are_those_of_accelerated_neurons():
+    """Stock neurons are read from their spikes, accelerated ones by their time loop."""
+    wanted = [(path, reading) for path in ("blocks.0.attn.qkv_lif", "blocks.0.mlp.neuron2")
+              for reading in ("firing_rate", "activation_map")]  # fmt: skip
+    found = []
+    for prepare in (lambda net: net, accelerate):
+        net = prepare(build("spikformer").train())
+        torch.manual_seed(1)
+        with StudentTaps(net, wanted) as taps, torch.no_grad():
+            net(DirectEncoder(8)(2 * torch.rand(2, 3, 32, 32) - 1))
+            found.append(taps.collect())
+    for stock, fast in zip(*found):
+        assert stock.any()
+        torch.testing.assert_close(stock, fast)
+
+
+@pytest.mark.parametrize("name", ["spikformer", "qkformer", "ms_resnet"])
+def test_maps_of_its_levels_can_be_inspected(name, vit, tmp_path):
+    """A student that returns [N, K], too; the maps are the student's at their own size."""
+    path = inspect_student(build(name), vit, loader(), DirectEncoder(T), tmp_path, examples=2)
+    with np.load(path.with_suffix(".npz")) as arrays:
+        shapes = {key: arrays[key].shape for key in arrays.files}
+    assert shapes["student_2"] == shapes["teacher_2"]
+    assert shapes["student_2"][1:] == {"spikformer": (8, 8), "qkformer": (4, 4), "ms_resnet": (4, 4)}[name]
