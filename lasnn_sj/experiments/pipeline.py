@@ -250,8 +250,8 @@ class Pipeline:
         if result is None:
             self._make("start")
             teacher = self.teacher() if objective.needs_teacher else None
-            with FolderLock(folder):  # other rows may be trained by other processes
-                result = self._measure(path, lambda folder: self._train_snn(folder, objective, teacher))
+            # The trainer locks the row's folder: other rows may be trained by other processes.
+            result = self._measure(path, lambda folder: self._train_snn(folder, objective, teacher))
         return result
 
     def _stage(self, stage: str) -> dict[str, float]:
