@@ -62,8 +62,9 @@ class LayerFactory:
 
     With ``r = 1/4``, ``v_threshold = 0.337 * sqrt(n * s^2)``. The rate 1/4 is stable: a layer that fires
     less, for example behind an average pool, is followed by layers closer to 1/4, as long as its rate is
-    above 0.035. Potentials carried over from earlier steps only add to it. Threshold balancing replaces
-    these thresholds, and a converted network starts at 1.
+    above 0.035. Potentials carried over from earlier steps only add to it: at ``T = 4`` every layer of every
+    network fires in 5 to 60 % of the steps (tested on uniform noise); at ``T = 1`` the last layers of VGG16
+    are silent. Threshold balancing replaces these thresholds, and a converted network starts at 1.
 
     Args:
         spiking: ``True`` for LIF neurons on ``[T, N, ...]``, ``False`` for ReLU on ``[N, ...]``.

@@ -453,6 +453,13 @@ def test_a_relu_that_runs_twice_is_named():
     assert thresholds(snn) == {"0.relu": 1.0}
 
 
+@pytest.mark.parametrize("name", ["vgg5", "resnet12"])
+def test_initial_thresholds_of_fresh_networks_do_not_reach_a_converted_one(name):
+    snn = convert(models.create(name, num_classes=10, width=0.05, spiking=False))
+    assert set(thresholds(snn).values()) == {1.0}
+    assert {m.skip_scale.item() for m in snn.modules() if isinstance(m, models.resnet.Block)} <= {1.0}
+
+
 # ---- conversion alone ----
 
 
