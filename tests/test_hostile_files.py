@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lasnn_sj import DirectEncoder, models
 from lasnn_sj.data import images as data
 from lasnn_sj.data.archives import ArchiveError, read_npz
 from lasnn_sj.runtime import files
@@ -322,6 +323,45 @@ def test_configuration_files(draw, value):
             return config.build(Recipe, config.read(path), str(path))
 
         watched.call(build, refuses=config.ConfigError)
+
+
+# ---- trained students ----
+
+
+def files_of_a_student():
+    with tempfile.TemporaryDirectory() as folder:
+        net = models.conv3_linear2(3, in_channels=1, image_size=8, width=0.05)
+        path = models.save_pretrained(net, DirectEncoder(4), folder, metrics={"top1": 50.0})
+        return {name: (path / name).read_bytes() for name in ("model.safetensors", "config.json")}
+
+
+STUDENT = files_of_a_student()
+
+
+def read_student(files):
+    with Watched() as watched:
+        for name, content in files.items():
+            (watched.folder / name).write_bytes(content)
+        result = watched.call(models.from_pretrained, watched.folder, refuses=models.PretrainedError)
+        if not isinstance(result, Exception):
+            net, encoder = result
+            assert {name: tensor.shape for name, tensor in net.state_dict().items()}
+            assert encoder is None or encoder.T >= 1
+
+
+@many
+@given(st.data(), st.sampled_from(sorted(STUDENT)))
+def test_trained_students_that_are_damaged(draw, name):
+    read_student(STUDENT | {name: draw.draw(damaged(STUDENT[name]))})
+
+
+@many
+@given(json_values, st.data())
+def test_trained_students_of_any_config(value, draw):
+    config = json.loads(STUDENT["config.json"])
+    place = draw.draw(st.sampled_from([config, config["architecture"], config["architecture"]["arguments"]]))
+    place[draw.draw(st.sampled_from(sorted(place)))] = value
+    read_student(STUDENT | {"config.json": json.dumps(config).encode()})
 
 
 # ---- events ----
