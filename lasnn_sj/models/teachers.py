@@ -129,7 +129,7 @@ def published_resnet20(path: str | Path) -> nn.Module:
             with zipfile.ZipFile(data) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("it holds compressed data, which no checkpoint of PyTorch does")
-            data.seek(0)
+        data.seek(0)  # is_zipfile moves it, in files of the format before zip too
         weights = torch.load(data, map_location="cpu", weights_only=True)["state_dict"]
         net.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
     except Exception as error:  # what is damaged raises every kind

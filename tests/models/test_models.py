@@ -519,6 +519,17 @@ def test_with_statistics_undoes_the_students_normalisation():
     torch.testing.assert_close(teacher((pixels - 0.5) / 0.5), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "before zip"])
+def test_checkpoints_of_the_published_resnet20_in_both_formats(tmp_path, new_format):
+    """The published file was written before PyTorch's zip format."""
+    net = models.teacher_resnet20(10)
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    path = tmp_path / "resnet20.th"
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=new_format)
+    loaded = models.published_resnet20(path).model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in net.state_dict().items())
+
+
 DATA = Path(os.environ.get("LASNN_SJ_DATA", "/nowhere"))
 CHECKPOINT, CIFAR10 = DATA / "resnet20" / "resnet20-12fca82f.th", DATA / "cifar10.npz"
 
