@@ -22,12 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class BackendChoice(NamedTuple):
-    """Implementation that runs.
-
-    Attributes:
-        name: ``"numba"``, ``"cupy"`` or ``"torch"``.
-        reason: why no faster one runs.
-    """
+    """Implementation that runs (``"numba"``, ``"cupy"`` or ``"torch"``), and why no faster one does."""
 
     name: str
     reason: str
