@@ -175,10 +175,13 @@ def accuracies(
 
     Args:
         top1: percent, by method; several values are seeds.
-        intervals: ``(low, high)`` by method; the 95 % interval of the seeds' mean if not given.
+        intervals: ``(low, high)`` by method; mean ± sample deviation of the seeds if not given.
     """
+    if intervals is None:
+        seeds = style.by_seed(top1, ())
+        intervals = {label: style.deviation(values) for label, values in seeds.items() if len(values) > 1}
     figure = _value_bars(top1, intervals, "accuracy, %", "{:.2f}")
-    figure.axes[0].set_xticks(range(0, 101, 25))
+    figure.axes[0].set_xticks((0, 50, 100))
     return figure
 
 
@@ -196,7 +199,11 @@ def gains(
         over: name of the baseline.
         intervals: ``(low, high)`` by method; the 95 % interval of the seeds' mean if not given.
     """
-    figure = _value_bars(points, intervals, f"points over {over}", "{:+.2f}")
+    if intervals is None:
+        seeds = style.by_seed(points, ())
+        intervals = {label: ends for label, values in seeds.items() if (ends := style.interval(values))}
+    name = f"points over {over}" + ", 95 % interval" * bool(intervals)
+    figure = _value_bars(points, intervals, name, "{:+.2f}")
     figure.axes[0].axvline(0, color=INK, linewidth=1)
     return figure
 
@@ -230,7 +237,8 @@ def spikes_per_layer(
         if dots:
             axes.plot(means, places, MARKERS[index % len(MARKERS)], color=colour, label=plain(label))
         else:
-            axes.barh(places, means, height=thick * 0.85, color=colour, label=plain(label))
+            hatch = "///" if index >= len(SERIES) else None
+            axes.barh(places, means, thick * 0.85, color=colour, label=plain(label), hatch=hatch)
         for place, mean, (layer, values) in zip(places, means, by_layer.items()):
             if not dots and len(values) > 1:
                 axes.hlines(place, min(values), max(values), color=INK, linewidth=1.2)
@@ -253,7 +261,8 @@ def spikes_per_layer(
 
 
 def spike_raster(traces: Traces, *, layers: Sequence[str] | None = None) -> Figure:
-    """Plot the spikes of recorded neurons, and below them the potential of one neuron of some layers.
+    """Plot the spikes of recorded neurons, and below them potentials: of three layers one neuron each, the
+    median in spikes among those that fire.
 
     Args:
         traces: from :func:`~lasnn_sj.analysis.record_traces`.
@@ -294,9 +303,11 @@ def spike_raster(traces: Traces, *, layers: Sequence[str] | None = None) -> Figu
     for index in chosen:
         name = layers[index]
         spikes, v = (np.asarray(values[name]) for values in (traces.spikes, traces.potentials))
-        busiest = int(spikes.sum(0).argmax())
+        counts = spikes.sum(0)
+        ranked = sorted(np.nonzero(counts)[0].tolist(), key=lambda neuron: counts[neuron]) or [0]
+        typical = ranked[len(ranked) // 2]  # the median of those that fire
         unit = traces.v_threshold[name] if scaled else 1.0
-        style.draw_curve(below, labels[index], [(range(1, len(v) + 1), v[:, busiest] / unit)], index)
+        style.draw_curve(below, labels[index], [(range(1, len(v) + 1), v[:, typical] / unit)], index)
     if scaled:
         below.axhline(1, color=MUTED, linestyle=DASHED, linewidth=1.2, label="threshold")
     style.name_axes(below, "time step", "potential / threshold" if scaled else "potential")
@@ -398,7 +409,7 @@ def attention_maps(
 
 def _value_bars(
     values: Mapping[str, float | Sequence[float]],
-    intervals: Mapping[str, tuple[float, float]] | None,
+    intervals: Mapping[str, tuple[float, float]],
     name: str,
     shape: str,
 ) -> Figure:
@@ -407,8 +418,6 @@ def _value_bars(
     if not found:
         raise ValueError("values by method are needed, got none")
     means = {label: statistics.mean(seeds) for label, seeds in found.items()}
-    if intervals is None:
-        intervals = {label: ends for label, seeds in found.items() if (ends := style.interval(seeds))}
     names = [plain(label, 28) for label in means]
     figure, (axes,) = style.new_figure(height=0.55 + 0.27 * len(found))
     low, high, longest = min(0.0, *means.values()), max(0.0, *means.values()), 0
@@ -423,8 +432,8 @@ def _value_bars(
         at = max(0, mean, *(ends or ()))
         style.write(axes, said, at, place, INK)
     span = high - low or 1.0
-    wide = style.PANEL[0] - 0.2 - 0.075 * max(map(len, names))  # inches that the names leave
-    text = 0.082 * longest
+    wide = style.PANEL[0] - 0.2 - 0.07 * max(map(len, names))  # inches that the names leave
+    text = 0.068 * longest
     axes.set_xlim(low - (0.03 * span if low < 0 else 0), high + span * text / max(wide - text, 0.5))
     axes.set_yticks(range(len(means)), names)
     axes.set_ylim(len(means) - 0.5, -0.5)

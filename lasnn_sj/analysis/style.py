@@ -208,6 +208,12 @@ def energy_unit(picojoules: float) -> tuple[float, str]:
     return next((unit for unit in units if picojoules >= unit[0]), units[-1])
 
 
+def deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean minus and plus the sample deviation."""
+    mean, half = statistics.mean(values), statistics.stdev(values)
+    return mean - half, mean + half
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % confidence interval of the mean (Student's t); ``None`` of fewer than two values."""
     if len(values) < 2:

@@ -96,10 +96,11 @@ def test_bars_have_their_values_and_intervals():
     assert texts(axes) == [f"+2.00 ± {half:.2f}", "-1.50"]
     (segment,) = axes.collections[0].get_segments()
     assert segment[:, 0] == pytest.approx([2 - half, 2 + half], rel=1e-5)
-    assert axes.get_xlabel() == "points over hybrid"
+    assert axes.get_xlabel() == "points over hybrid, 95 % interval"
     (axes,) = plots.accuracies({"a": 91.234}, intervals={"a": (90.0, 92.0)}).axes
     assert texts(axes) == ["91.23 ± 1.00"]
     assert max(axes.get_xticks()) == 100
+    assert texts(plots.accuracies({"a": [90.0, 92.0]}).axes[0]) == ["91.00 ± 1.41"]  # sample deviation
     with pytest.raises(ValueError, match="values by method are needed"):
         plots.gains({"a": []})
 
@@ -135,7 +136,11 @@ def test_a_raster():
     raster, below = plots.spike_raster(traces).axes
     events = [collection.get_positions() for collection in raster.collections]
     assert [list(times) for times in events] == [[1, 3], [3], [2], [1, 2]]
-    assert lines(below)["a"] == [[1, 1.0], [2, 0.5], [3, 1.5]]  # of the busier neuron, over the threshold
+    assert lines(below)["a"] == [
+        [1, 1.0],
+        [2, 0.5],
+        [3, 1.5],
+    ]  # of the one with two spikes
     assert lines(below)["b"] == [[1, 0.0], [2, 1.0], [3, 5.0]]
     assert below.get_ylabel() == "potential / threshold"
     assert len(plots.spike_raster(traces, layers=["b.neuron"]).axes[0].collections) == 2

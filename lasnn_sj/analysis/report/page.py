@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .. import plots
-from ..style import NAMES, column, distance_columns, name_of
+from ..style import NAMES, SERIES, column, distance_columns, name_of
 from . import charts
 from .charts import Picture
 from .reading import Part, Run, flat, number, record
@@ -55,7 +55,7 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
         ("its teacher, %", of(lambda p: p.number("teacher_top1"), ".2f")),
         ("spikes per neuron", of(lambda p: p.number("spikes_per_neuron"), ".3f")),
         ("energy, % of ANN", of(energy_share, ".1f")),
-        ("seconds", of(lambda p: p.number("seconds"), ".0f")),
+        ("seconds", lambda line: _mean(line.values(lambda p: p.number("seconds")), ".0f")),
     ]
     more: list[Column] = [
         ("cross-entropy", of(lambda p: p.number("loss"), ".3f")),
@@ -81,15 +81,19 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
     against = next((kind for kind in (*BASELINES, "ann") if kind in kinds), None)
     gained = {line.label: gains(line, against) for line in series} if against else {}
     trained = [line.label for line in series if line.is_student and line.kind not in NOT_TRAINED]
-    gained = {label: values for label, values in gained.items() if label in trained}
-    if any(gained.values()):
-        said = [f"{label} {statistics.mean(values):+.4g}" for label, values in gained.items() if values]
+    gained = {label: values for label, values in gained.items() if label in trained and values}
+    if len(gained) > 1 or any(len(values) > 1 for values in gained.values()):
+        said = [f"{label} {statistics.mean(values):+.4g}" for label, values in gained.items()]
         title = f"Gain over {AGAINST[against]}"
         pictures.append(charts.picture(
             plots.gains(gained, over=AGAINST[against]), "gains", title,
             f"{title} in points: {', '.join(said)}.",
         ))  # fmt: skip
     return [table for table in tables if table.rows], pictures
+
+
+def _mean(values: Sequence[float], shape: str) -> str:
+    return f"{statistics.mean(values):{shape}}" if values else ""
 
 
 def _of_run(series: Series, name: str) -> float | None:
@@ -160,8 +164,9 @@ def over_steps(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
     """Accuracy after each time step, and against the energy spent by then."""
     anns = [line.values(top1) for line in series if line.kind == "ann" and line.values(top1)]
     ann = statistics.mean(anns[0]) if len(anns) == 1 else None  # of several networks none is the one
-    # ten times the steps would press all others into a corner; colours stay those of the other pictures
-    accuracy = {s.label: s.curves(over_time) * (s.kind != "converted_10T") for s in reversed(series)}
+    # Ten times the steps would press all others into a corner. Colours stay those of the other pictures.
+    shown = [line.label for line in _shown(series)]
+    accuracy = {s.label: s.curves(over_time) if s.label in shown else [] for s in reversed(series)}
     energy = {line.label: line.curves(energies) for line in reversed(series)}
     pictures = []
     if any(len(curve) > 1 for seeds in accuracy.values() for curve in seeds):
@@ -203,6 +208,12 @@ def _ends(seeds: Sequence[Sequence[float]]) -> str:
     return ", ".join(f"{curve[-1]:.4g}" for curve in seeds)
 
 
+def _shown(series: Sequence[Series]) -> list[Series]:
+    """Series in pictures of spikes and time steps; the trained ones alone where the colours end."""
+    shown = [line for line in series if line.is_student and line.kind != "converted_10T"]
+    return shown if len(shown) <= len(SERIES) else [s for s in shown if s.kind not in NOT_TRAINED]
+
+
 def operations(series: Sequence[Series]) -> Table | None:
     """Operations and energy of a sample beside those of the same network as ANN."""
 
@@ -223,17 +234,18 @@ def operations(series: Sequence[Series]) -> Table | None:
     return table if table.rows else None
 
 
-def layers(series: Sequence[Series]) -> tuple[list[tuple[bool, str]], list[Picture], list[Table]]:
-    """Layers that never fire (of trained students or not), spikes of each layer, and thresholds."""
+def layers(series: Sequence[Series]) -> tuple[dict[bool, list[str]], list[Picture], list[Table]]:
+    """Layers that never fire, of trained students and of others; spikes of each layer, and thresholds."""
     # ten times the steps are ten times the spikes
-    found = {s.label: s.curves(spikes) * (s.kind != "converted_10T") for s in reversed(series)}
-    silent = []
+    shown = [line.label for line in _shown(series)]
+    found = {s.label: s.curves(spikes) if s.label in shown else [] for s in reversed(series)}
+    silent: dict[bool, list[str]] = {True: [], False: []}
     for line in series:
-        seeds = found[line.label]
+        seeds = line.curves(spikes)
         never = [layer for layer in dict.fromkeys(n for s in seeds for n in s)
                  if all(s.get(layer, 0) == 0 for s in seeds)]  # fmt: skip
         if never:
-            silent.append((line.kind not in NOT_TRAINED, f"{line.label}: {', '.join(never)}"))
+            silent[line.kind not in NOT_TRAINED].append(f"{line.label}: {', '.join(never)}")
     pictures = []
     if any(found.values()):
         said = []

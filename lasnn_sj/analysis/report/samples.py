@@ -33,12 +33,14 @@ class Samples:
     """One student's part of the section.
 
     Attributes:
+        label: of its series.
         title: its name.
         pictures: confusion matrix and raster, as far as there are.
         confused: the classes that are most often taken for one another, in words.
         maps: attention maps.
     """
 
+    label: str
     title: str
     pictures: list[Picture]
     confused: str
@@ -49,14 +51,14 @@ def samples(series: Sequence[Series]) -> Iterator[Samples]:
     """Every inspected student; of several seeds the first."""
     for place, line in enumerate(series):
         for run, part in line.parts:
-            title = line.label if len(line.parts) == 1 else f"{line.label}, {run.name}"
+            title = line.label if len(line.parts) == 1 else f"{part.title}, {run.name}"
             name = f"{place}_{file_name(title)}"
             counts = _confusion(part)
             drawn = [_confusion_picture(part, counts, title, name), _raster_picture(part, title, name)]
             pictures = [picture for picture in drawn if picture is not None]
             maps = _maps(part, title, f"maps_{name}")
             if pictures or maps is not None:
-                yield Samples(title, pictures, _confused(part, counts), maps)
+                yield Samples(line.label, title, pictures, _confused(part, counts), maps)
                 break
 
 

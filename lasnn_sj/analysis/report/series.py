@@ -48,8 +48,8 @@ class Series:
         return self.kind not in ANNS
 
 
-def series_of(runs: Sequence[Run]) -> list[Series]:
-    """Group the runs' parts by kind; seeds of one recipe go together, whatever differs otherwise does not."""
+def recipes_of(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group runs; seeds of one recipe go together, whatever differs otherwise does not."""
     recipes: list[list[Run]] = []
     for run in runs:
         alike = next((members for members in recipes if all(_alike(run, other) for other in members)), None)
@@ -57,13 +57,19 @@ def series_of(runs: Sequence[Run]) -> list[Series]:
             recipes.append([run])
         else:
             alike.append(run)
+    return recipes
+
+
+def series_of(runs: Sequence[Run]) -> list[Series]:
+    """Group the runs' parts by kind and recipe."""
+    recipes = recipes_of(runs)
     names = group_names(recipes)
     found: dict[tuple[str, int], Series] = {}
     for variant, members in enumerate(recipes):
         for run in members:
             for part in run.parts:
                 alone = len(recipes) == 1 or part.path == run.path
-                label = part.title if alone else f"{part.title} ({names[variant]})"
+                label = part.title if alone else f"{part.title}, {names[variant]}"
                 series = found.setdefault((part.kind, variant), Series(label, part.kind, []))
                 series.parts.append((run, part))
     longest = [part.kind for part in max(runs, key=lambda run: len(run.parts)).parts]
@@ -191,7 +197,9 @@ def energy_text(picojoules: Sequence[float]) -> str:
     if not picojoules:
         return ""
     scale, unit = energy_unit(statistics.mean(picojoules))
-    return f"{spread([value / scale for value in picojoules], '.3g')} {unit}"
+    values = [value / scale for value in picojoules]
+    decimals = max(0, 3 - len(f"{statistics.mean(values):.0f}"))
+    return f"{spread(values, f'.{decimals}f')} {unit}"
 
 
 def file_name(text: str) -> str:

@@ -20,9 +20,12 @@ from .series import (
     gains,
     group_names,
     last_validation,
+    recipes_of,
     spread,
     top1,
 )
+
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 @dataclass
@@ -33,11 +36,13 @@ class Verdict:
         sentence: result in one sentence.
         numbers: ``(value, meaning)``, three at most.
         caution: how far the numbers can be trusted.
+        about: label of the series that the sentence is about.
     """
 
     sentence: str
     numbers: list[tuple[str, str]] = field(default_factory=list)
     caution: str = ""
+    about: str = ""
 
 
 def title_of(folders: Sequence[Path], runs: Sequence[Run]) -> str:
@@ -46,7 +51,7 @@ def title_of(folders: Sequence[Path], runs: Sequence[Run]) -> str:
         path = folders[0].resolve()
         seed = re.fullmatch(r"seed_?(\d+)", path.name)
         return f"{path.parent.name}, seed {seed[1]}" if seed else path.name
-    names = group_names([[run] for run in runs])
+    names = group_names(recipes_of(runs))
     if len(names) > 3:
         return f"Comparison of {len(names)} runs"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -83,8 +88,8 @@ def verdict_of(series: Sequence[Series]) -> Verdict:
     accuracy, many = statistics.mean(values), len(values)
     kinds = {line.kind for line in series}
     baseline = next((kind for kind in BASELINES if kind in kinds and gains(main, kind)), None)
-    sentence = f"{_capital(main.label)} reaches {accuracy:.2f} % accuracy"
-    shown = [(f"{spread(values, '.2f')} %", f"accuracy of {main.label}")]
+    sentence = f"{_capital(main.label)} reaches {accuracy:.2f}{NBSP}% accuracy"
+    shown = [(f"{spread(values, '.2f')}{NBSP}%", f"accuracy of {main.label}")]
     gained: list[float] = []
     if baseline is not None:
         gained = gains(main, baseline)
@@ -97,8 +102,8 @@ def verdict_of(series: Sequence[Series]) -> Verdict:
         sentence += f"{joined} {_points(statistics.mean(over_ann))} the ANN"
     share = main.values(energy_share)
     if share:
-        sentence += f", with {statistics.mean(share):.0f} % of the ANN's energy of computing"
-        shown.append((f"{spread(share, '.0f')} %", "of the ANN's energy of computing"))
+        sentence += f", with {statistics.mean(share):.0f}{NBSP}% of the ANN's energy of computing"
+        shown.append((f"{spread(share, '.0f')}{NBSP}%", "of the ANN's energy of computing"))
     fill = [(spread(over_ann, "+.2f"), "points over the ANN")] if over_ann else []
     for name, meaning, shape in (
         ("spikes_per_neuron", "spikes per neuron", ".2f"),
@@ -107,7 +112,7 @@ def verdict_of(series: Sequence[Series]) -> Verdict:
     ):
         found = main.values(lambda part, name=name: part.number(name))
         fill += [(spread(found, shape), meaning)] if found else []
-    return Verdict(f"{sentence}.", (shown + fill)[:3], _caution(main, many, of, gained))
+    return Verdict(f"{sentence}.", (shown + fill)[:3], _caution(main, many, of, gained), main.label)
 
 
 def main_series(series: Sequence[Series]) -> tuple[Series | None, int]:
@@ -156,8 +161,8 @@ def _unfinished(series: Sequence[Series]) -> Verdict:
     sentence = f"{_capital(main.label)} has trained for {done}"
     validation = main.values(last_validation)
     if validation:
-        sentence += f" and reaches {statistics.mean(validation):.2f} % validation accuracy"
-        shown.append((f"{spread(validation, '.2f')} %", "validation accuracy"))
+        sentence += f" and reaches {statistics.mean(validation):.2f}{NBSP}% validation accuracy"
+        shown.append((f"{spread(validation, '.2f')}{NBSP}%", "validation accuracy"))
     for name, meaning, shape in (("top1", "% training accuracy", ".2f"), ("ce", "cross-entropy", ".3f"),
                                  ("loss", "training loss", ".3f")):  # fmt: skip
         ys = part.column(name)[1] or part.column(name, "step")[1]
