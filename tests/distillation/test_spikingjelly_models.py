@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, models
 from lasnn_sj.analysis.inspection import inspect_student
-from lasnn_sj.distillation import Attention, StudentTaps
+from lasnn_sj.conversion import prune_magnitude
+from lasnn_sj.distillation import Attention, CrossEntropy, DefaultKD, LabelKD, SparseKD, StudentTaps
 from lasnn_sj.neurons import accelerate
 
 T, K = 2, 4
@@ -24,8 +25,13 @@ LIF = {"spiking_neuron": neuron.LIFNode, "detach_reset": True}
 
 def small_vgg():
     plan = [8, "M", 8, "M", 16, 16, "M", 16, "M", 512, "M"]
-    net = spiking_vgg.SpikingVGG(plan, batch_norm=True, num_classes=K, **LIF)
-    net.classifier = torch.nn.Sequential(layer.Linear(512 * 7 * 7, K))  # in place of 4096, 4096, K
+    with torch.device("meta"):  # its classifier of 4096, 4096, K takes a second to make
+        net = spiking_vgg.SpikingVGG(plan, batch_norm=True, num_classes=K, **LIF)
+    net.classifier = torch.nn.Sequential(layer.Linear(512 * 7 * 7, K))
+    net.features.to_empty(device="cpu")
+    for module in net.features:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
     return net
 
 
@@ -98,15 +104,19 @@ def test_shapes_of_the_transformers_spikes(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_of_cross_entropy_trains_the_network(name):
-    net = build(name)
-    before = {path: weight.detach().clone() for path, weight in net.named_parameters()}
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    trainer = LaSNNTrainer(net, attention=None, encoder=DirectEncoder(T), optimizer=sgd)
-    (row,) = trainer.fit(loader(), epochs=1)
-    assert 0 < row["loss"] < 10 * torch.tensor(K).log()
-    changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
-    assert len(changed) > len(before) / 2
+def test_a_step_of_logit_distillation_trains_the_network(name):
+    teacher = models.teacher_resnet20(K, width=0.25).eval()
+    for objective in (CrossEntropy(), LabelKD(), DefaultKD(), SparseKD(prune_magnitude(build(name), 0.3))):
+        net = build(name)
+        before = {path: weight.detach().clone() for path, weight in net.named_parameters()}
+        trainer = LaSNNTrainer(
+            net, teacher if objective.needs_teacher else None, objective=objective, encoder=DirectEncoder(T),
+            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        )  # fmt: skip
+        (row,) = trainer.fit(loader(), epochs=1)
+        assert 0 < row["loss"] < 10 * torch.tensor(K).log()
+        changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
+        assert len(changed) > len(before) / 2, objective
 
 
 @pytest.fixture(scope="module")
