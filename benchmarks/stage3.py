@@ -113,6 +113,7 @@ def epoch(
         for name, value in {**result.parts, "train_top1": 100 * correct / len(labels)}.items():
             totals[name] = totals.get(name, 0) + value * len(labels)
         steps, seen = steps + 1, seen + len(labels)
+    trainer.finish_steps()
     return {name: float(total) / seen for name, total in totals.items()}, steps
 
 

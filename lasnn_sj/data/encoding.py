@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .late_checks import require
+
 PIECE = 1 << 18  # random numbers drawn at a time on the CPU: 1 MiB, which stays in the cache
 
 
@@ -57,13 +59,17 @@ class PoissonEncoder(_Encoder):
 
     def steps(self, images: Tensor, steps: int) -> Tensor:
         magnitude = images.abs()
-        if images.numel() and not bool(magnitude.amax() <= 1):  # a NaN fails the comparison too
-            raise ValueError(
-                f"PoissonEncoder needs pixels in [-1, 1], got values from {images.amin().item():.4g} to "
-                f"{images.amax().item():.4g}; normalise with mean 0.5 and std 0.5 per channel"
-            )
+        if images.numel():  # a NaN fails the comparison too
+            require(magnitude.amax() <= 1, lambda: _out_of_range(images))
         draw = _draw_at_once if images.is_cuda else _draw_in_pieces
         return draw(magnitude, images.sign(), steps, self.generator)
+
+
+def _out_of_range(images: Tensor) -> ValueError:
+    return ValueError(
+        f"PoissonEncoder needs pixels in [-1, 1], got values from {images.amin().item():.4g} to "
+        f"{images.amax().item():.4g}; normalise with mean 0.5 and std 0.5 per channel"
+    )
 
 
 def _draw_in_pieces(magnitude: Tensor, sign: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
@@ -77,8 +83,9 @@ def _draw_in_pieces(magnitude: Tensor, sign: Tensor, steps: int, generator: torc
 
 def _draw_at_once(magnitude: Tensor, sign: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
     """Poisson code of ``steps`` steps, drawn in one kernel on CUDA: the random numbers stay in registers."""
-    # float32 also where the images are coarser, as the kernel compares in this dtype
-    rate = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32))
+    # float32 for coarser images too, as the kernel compares in this dtype; a rate out of range, which may not
+    # have been read yet, would stop the device
+    rate = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32)).nan_to_num(0.0).clamp(max=1)
     code = sign.new_empty((steps, *sign.shape)).bernoulli_(rate, generator=generator)
     return code.mul_(sign)
 

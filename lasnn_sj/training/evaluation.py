@@ -13,6 +13,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data.late_checks import require
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed
 from .dataloader import evaluation_share
@@ -179,10 +180,13 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
         raise BatchError(
             f"{where}: labels must be whole numbers [N] with N >= 1, got {labels.dtype} {tuple(labels.shape)}"
         )
-    if not bool(torch.isfinite(images).all()):
-        finite = torch.isfinite(images).movedim(batch_axis(images, labels), 0)
+    finite = torch.isfinite(images).movedim(batch_axis(images, labels), 0)
+
+    def not_finite() -> BatchError:
         bad = torch.nonzero(~finite.reshape(len(finite), -1).all(1)).flatten().tolist()
-        raise BatchError(f"{where}: images hold NaN or infinity, in samples {bad[:8]}")
+        return BatchError(f"{where}: images hold NaN or infinity, in samples {bad[:8]}")
+
+    require(finite.all(), not_finite)
     return images, labels.long()
 
 
@@ -196,12 +200,15 @@ def batch_axis(images: Tensor, labels: Tensor) -> int:
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    """Raise :class:`BatchError` for labels outside [0, num_classes)."""
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise BatchError(
-            f"{where}: labels must lie in [0, {num_classes}), the student's classes, got {low} to {high}"
+    """Require labels in [0, num_classes); the error is a :class:`BatchError`."""
+
+    def out_of_range() -> BatchError:
+        return BatchError(
+            f"{where}: labels must lie in [0, {num_classes}), the student's classes, got "
+            f"{int(labels.min())} to {int(labels.max())}"
         )
+
+    require((labels >= 0) & (labels < num_classes), out_of_range)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,6 +10,13 @@ from torchmetrics.classification import MulticlassAccuracy
 _LOCAL = {"sync_on_compute": False, "compute_with_cache": False}
 
 
+class _Mean(MeanMetric):
+    """``MeanMetric`` without its check for NaN, which waits for the device; steps are checked elsewhere."""
+
+    def _cast_and_nan_check_input(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x.to(self.dtype), weight.to(self.dtype)
+
+
 class EpochMetrics:
     """Losses and accuracy of the samples so far.
 
@@ -21,7 +28,8 @@ class EpochMetrics:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.device = device
         self.losses: dict[str, MeanMetric] = {}
-        self.correct = MulticlassAccuracy(num_classes, average="micro", **_LOCAL).to(device)
+        correct = MulticlassAccuracy(num_classes, average="micro", validate_args=False, **_LOCAL)
+        self.correct = correct.to(device)
         self.correct.persistent(True)
 
     def update(
@@ -34,9 +42,10 @@ class EpochMetrics:
         """Add a step's parts of the loss, class scores ``[N, K]``, labels ``[N]`` and logged numbers."""
         self.correct.update(scores, labels)
         loss = {"loss": sum(parts.values())}
+        weight = torch.full((), float(len(labels)), device=self.device)  # a number would be copied there
         # The loss comes first, and is the sum even where a part has its name.
         for name, part in (loss | parts | (logged or {}) | loss).items():
-            self._loss(name).update(part, len(labels))
+            self._loss(name).update(part, weight)
 
     def compute(self, together: bool = True) -> dict[str, float]:
         """``loss``, its parts and ``top1`` in percent, of all processes or of this one."""
@@ -60,7 +69,7 @@ class EpochMetrics:
 
     def _loss(self, name: str) -> MeanMetric:
         if name not in self.losses:
-            self.losses[name] = MeanMetric(**_LOCAL).to(self.device)
+            self.losses[name] = _Mean(**_LOCAL).to(self.device)
             self.losses[name].persistent(True)
         return self.losses[name]
 

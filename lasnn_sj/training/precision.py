@@ -56,3 +56,32 @@ class MixedPrecision:
             raise NonFiniteError(f"the gradient is not finite, first in {layer}", layer)
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def skips_on_device(self, optimizer: Optimizer) -> bool:
+        """Return whether :meth:`update_unless` works: float32 or bfloat16, and a fused optimizer."""
+        return not self.scaler.is_enabled() and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+    def gradient_norms(self, optimizer: Optimizer) -> tuple[list[nn.Parameter], Tensor]:
+        """Return the parameters that have a gradient, and its L2 norm for each (a tensor; not read)."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return parameters, torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+
+    def update_unless(
+        self, skip: Tensor, optimizer: Optimizer, parameters: list[nn.Parameter], norms: Tensor
+    ) -> None:
+        """Clip and step on the device, or leave weights and state as they are where ``skip`` is true.
+
+        Args:
+            skip: bool scalar on the device, which is not read.
+            optimizer: a fused one.
+            parameters, norms: of :meth:`gradient_norms`.
+        """
+        if self.options.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(
+                parameters, self.options.clip_norm, torch.linalg.vector_norm(norms)
+            )
+        optimizer.grad_scale, optimizer.found_inf = None, skip.float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf

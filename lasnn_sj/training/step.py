@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.late_checks import LateChecks, require
 from ..distillation.objective import Look, Needs, Signals, needs_of, own_parameters, parts_of
 from ..distillation.taps import ChunkTaps, StudentTaps
 from ..distillation.teacher import TeacherForward
@@ -25,6 +27,8 @@ from .nonfinite import NonFiniteError
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+LAG = 16  # steps whose conditions are read together
+
 
 @dataclass
 class StepResult:
@@ -34,22 +38,31 @@ class StepResult:
         parts: of the loss, scalars by name.
         scores: class scores of the student, ``[N, K]``.
         logged: numbers that the objective logs beside the loss.
+        checks: conditions of the step that are not read yet; ``None`` if they hold.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
     logged: dict[str, Tensor] = field(default_factory=dict)
+    checks: LateChecks | None = None
 
 
 class TrainingStep:
     """Runs training steps of a trainer, whose networks, objective and options it reads at each step.
+
+    On CUDA, with a fused optimizer, a step does not wait for the device: whether batch, loss and gradient are
+    good is read some steps later by :meth:`errors`. Until then the device itself leaves the weights as they
+    are from a bad step on (with ``on_nonfinite="skip"``, in the bad step only).
 
     Args:
         trainer: owner of everything that a step uses.
 
     Attributes:
         num_classes: ``K``, known once :meth:`prepare` has seen a batch.
+        late_on_cpu: check late on the CPU too; for tests.
     """
+
+    late_on_cpu = False
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -59,13 +72,68 @@ class TrainingStep:
         self._teacher: TeacherForward | None = None
         self._forward: nn.Module | None = None
         self._prepared_for: object = None
+        self._checks: LateChecks | None = None
+        self._stopped: Tensor | None = None  # whether a bad step has stopped the training
+
+    @property
+    def late(self) -> bool:
+        """Whether a step's conditions are read later."""
+        trainer = self.trainer
+        device = trainer.device.type == "cuda" or self.late_on_cpu
+        fused = trainer.mixed_precision.skips_on_device(trainer.optimizer)
+        return device and fused and distributed.world_size() == 1
+
+    @property
+    def lag(self) -> int:
+        """Steps whose conditions are read together."""
+        return LAG if self.late else 1
+
+    def checking(self) -> LateChecks | nullcontext:
+        """Context of checks that belong to the next step."""
+        if not self.late:
+            return nullcontext()
+        if self._checks is None:
+            self._checks = LateChecks(self.late_on_cpu)
+        return self._checks
 
     def run(self, images: Tensor, labels: Tensor) -> StepResult:
         """Run one step of training on a batch that lies on the device already.
 
         Raises:
-            NonFiniteError: the loss or its gradient is not finite; the student keeps its weights.
+            NonFiniteError: the loss or its gradient is not finite; the student keeps its weights. A step that
+                checks late does not raise it.
         """
+        try:
+            with self.checking():
+                if self.late:
+                    self.prepare(images, labels)
+                    # A label out of range, which is not read yet, would stop the device.
+                    labels = labels.clamp(0, self.num_classes - 1)
+                return self._run(images, labels)
+        finally:
+            self._checks = None
+
+    def errors(self, results: Sequence[StepResult]) -> Iterator[Exception | None]:
+        """Read the conditions of steps, in their order: the error of each, or ``None``.
+
+        After an error that stops the training the weights are those before that step, and the later results
+        are of no use.
+        """
+        late = [result.checks for result in results if result.checks is not None]
+        failed = [checks.failed() for checks in late]
+        read = iter(torch.cat(failed).tolist() if failed else [])
+        bits = {id(checks): list(islice(read, len(one))) for checks, one in zip(late, failed)}
+        for result in results:
+            error = None if result.checks is None else result.checks.error(bits[id(result.checks)])
+            if error is not None and not (isinstance(error, NonFiniteError) and self._skips):
+                self._stopped.fill_(False)  # whoever catches the error may go on
+            yield error
+
+    @property
+    def _skips(self) -> bool:
+        return self.trainer.options.on_nonfinite == "skip"
+
+    def _run(self, images: Tensor, labels: Tensor) -> StepResult:
         trainer = self.trainer
         self.prepare(images, labels)
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -80,9 +148,13 @@ class TrainingStep:
                     trainer.mixed_precision.backward(sum(parts.values()) * share)
                 functional.reset_net(trainer.student)
                 scores.append(signals.scores.detach())
-                _add(result.parts, parts, share)
-                _add(result.logged, signals.logged, share)
-            self._update(images)
+                _add(result.parts, parts, share, trainer.device)
+                _add(result.logged, signals.logged, share, trainer.device)
+            if self._checks is None:
+                self._update(images)
+            else:
+                self._update_late(images, buffers)
+                result.checks = self._checks
         except NonFiniteError:
             for buffer, before in zip(trainer.student.buffers(), buffers):
                 buffer.copy_(before)
@@ -107,11 +179,13 @@ class TrainingStep:
             signals.epoch, signals.epochs = trainer.epoch, trainer.epochs
             self._teacher(images, labels, signals)
             parts = parts_of(trainer.objective, signals)
-        if not bool(torch.isfinite(sum(parts.values()))):
-            named = ", ".join(f"{name} = {part.item():.4g}" for name, part in parts.items())
-            message = f"the loss is not finite ({named}); a lower learning rate may do"
-            self._explain(x, message)
-            raise NonFiniteError(message)
+        found = {name: part.detach() for name, part in parts.items()}
+
+        def not_finite() -> NonFiniteError:
+            named = ", ".join(f"{name} = {part.item():.4g}" for name, part in found.items())
+            return self._error(images, f"the loss is not finite ({named}); a lower learning rate may do")
+
+        require(torch.isfinite(sum(found.values())), not_finite, skippable=self._skips)
         return parts, signals
 
     def _update(self, images: Tensor) -> None:
@@ -124,8 +198,28 @@ class TrainingStep:
         try:
             trainer.mixed_precision.update(trainer.optimizer, trainer.student)
         except NonFiniteError as error:
-            self._explain(images if trainer.encoder is None else trainer.encoder(images), str(error), error)
-            raise
+            raise self._error(images, str(error), error.layer) from error
+
+    def _update_late(self, images: Tensor, buffers: list[Tensor]) -> None:
+        """Run the optimiser's step unless this step or, in a training that stops, an earlier one is bad."""
+        trainer, checks = self.trainer, self._checks
+        parameters, norms = trainer.mixed_precision.gradient_norms(trainer.optimizer)
+        names = {id(p): name for name, p in trainer.student.named_parameters()}
+        finite = torch.isfinite(norms)
+
+        def not_finite() -> NonFiniteError:
+            bad = [names.get(id(p)) for p, good in zip(parameters, finite.tolist()) if not good]
+            layer = next((name for name in reversed(bad) if name), None)  # backward comes from the output
+            return self._error(images, f"the gradient is not finite, first in {layer}", layer)
+
+        require(finite, not_finite, skippable=self._skips)
+        if self._stopped is None:
+            self._stopped = torch.zeros((), dtype=torch.bool, device=finite.device)
+        skip = self._stopped | checks.failed().any()
+        self._stopped.logical_or_(checks.fatal())
+        trainer.mixed_precision.update_unless(skip, trainer.optimizer, parameters, norms)
+        for buffer, before in zip(trainer.student.buffers(), buffers):
+            buffer.copy_(torch.where(skip, before, buffer))
 
     def _pieces(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """A batch in ``accumulate`` pieces, and whether each is the last."""
@@ -148,6 +242,20 @@ class TrainingStep:
         if distributed.any_of([error is not None], self.trainer.device)[0]:
             raise error or NonFiniteError("the loss of another process is not finite")
         return result
+
+    def _error(self, images: Tensor, message: str, layer: str | None = None) -> NonFiniteError:
+        """Error that names the first layer whose output is not finite, if there is one."""
+        encoder, progress, student = self.trainer.encoder, self.trainer.progress, self.trainer.student
+        before, buffers = progress.random_state(), [buffer.clone() for buffer in student.buffers()]
+        try:
+            self._explain(images if encoder is None else encoder(images), message)
+        except NonFiniteError as error:
+            return error
+        finally:
+            progress.set_random_state(before)
+            for buffer, value in zip(student.buffers(), buffers):
+                buffer.copy_(value)
+        return NonFiniteError(message, layer)
 
     def _explain(self, x: Tensor, message: str, cause: Exception | None = None) -> None:
         """Raise an error that names the first layer whose output is not finite, if there is one."""
@@ -220,8 +328,10 @@ class TrainingStep:
         self._taps = self._teacher = self._forward = self.num_classes = self._prepared_for = None
 
 
-def _add(total: dict[str, Tensor], values: dict[str, Tensor | float], share: float) -> None:
+def _add(
+    total: dict[str, Tensor], values: dict[str, Tensor | float], share: float, device: torch.device
+) -> None:
     """Add a piece's values to the batch's means."""
     for name, value in values.items():
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        value = value.detach() if isinstance(value, Tensor) else torch.full((), float(value), device=device)
         total[name] = total.get(name, 0) + value * share

@@ -6,8 +6,9 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -106,7 +107,8 @@ class Trainer:
                 log.warning("the teacher was in training mode; it is used in evaluation mode")
             teacher.eval().requires_grad_(False)
         trained = [*student.parameters(), *own_parameters(self.objective)]
-        self.optimizer = optimizer or Adam(trained, lr=1e-4, weight_decay=5e-4)
+        fused = self.device.type == "cuda" or None  # in one kernel, which can skip a bad step by itself
+        self.optimizer = optimizer or Adam(trained, lr=1e-4, weight_decay=5e-4, fused=fused)
         _add_missing(self.optimizer, own_parameters(self.objective))
         self.scheduler = scheduler
         checks.optimizer(student, self.optimizer, scheduler)
@@ -118,6 +120,8 @@ class Trainer:
         self._folder: RunFolder | None = None
         self._fingerprint: dict[str, object] | None = None
         self._step = TrainingStep(self)
+        self._direct: list[StepResult] = []  # steps of train_step that are checked late
+        self._unread: list[tuple[Batch, Tensor, Tensor, StepResult]] = []  # steps that are checked late
 
     @property
     def members(self) -> tuple[object, ...]:
@@ -222,13 +226,32 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Run one step of training on a batch that lies on the device already.
 
+        On CUDA with a fused optimizer the step does not wait for the device, and an error is raised up to 16
+        steps later, or by :meth:`finish_steps`. The weights are those before the bad step then too, because
+        the device skips the steps after it.
+
         Returns:
             Parts of the loss, class scores ``[N, K]`` and logged numbers, all detached.
 
         Raises:
             NonFiniteError: the loss or its gradient is not finite; the student keeps its weights.
         """
-        return self._step.run(images, labels)
+        if self._step.late:
+            with self._step.checking():
+                self.prepare(images, labels)
+                check_labels(labels, self._step.num_classes, "train_step")
+        result = self._step.run(images, labels)
+        self._direct.append(result)
+        if len(self._direct) >= self._step.lag:
+            self.finish_steps()
+        return result
+
+    def finish_steps(self) -> None:
+        """Wait for the steps of :meth:`train_step` that are not checked yet and raise the first error."""
+        results, self._direct = self._direct, []
+        for error in self._step.errors(results):
+            if error is not None:
+                raise error
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
         """Before the first step: look at what the student gives, choose the pairs and set the taps.
@@ -272,32 +295,63 @@ class Trainer:
     ) -> dict[str, float]:
         first, begun, shown = epoch.position, time.perf_counter() - epoch.seconds, 0.0
         source = batches.epoch(epoch.number, first, lambda: self.progress.set_random_state(epoch.random))
+        count = partial(self._count, epoch, bar, callbacks)
+        self._unread = []  # of an epoch that an exception ended
         self.student.train()
         while True:
             epoch.seconds = time.perf_counter() - begun
-            self._save_if_due(epoch, first, len(batches), stop)
+            self._save_if_due(epoch, first, len(batches), stop, count)
             try:
                 with stop.safely():
                     batch = next(source, None)
             except Stopped:  # a loader's worker died of the signal
+                count()
                 self._save_and_leave(stop, save=epoch.position > first)
             if not (batches.even or distributed.all_of(batch is not None, self.device)):
                 batch = None
             if batch is None:
                 break
             where = f"batch {batch.position} of epoch {epoch.number}"
-            images, labels = check_batch(batch.content, where)
-            self.prepare(images, labels)
-            check_labels(labels, self._step.num_classes, where)
+            with self._step.checking():
+                images, labels = check_batch(batch.content, where)
+                self.prepare(images, labels)
+                check_labels(labels, self._step.num_classes, where)
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
             epoch.position = batch.position + 1
             try:
-                result = self.train_step(images, labels)
+                result = self._step.run(images, labels)
             except NonFiniteError as error:
                 self._leave_out(error, where, batch, images, labels)
                 continue
             except BatchError as error:
                 raise BatchError(f"{where}: {error}") from error
+            self._unread.append((batch, images, labels, result))
+            if len(self._unread) >= self._step.lag:
+                count()
+            if time.perf_counter() - shown > 0.5 and not bar.disable and epoch.metrics is not None:
+                shown = time.perf_counter()
+                means = epoch.metrics.compute(together=False)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+        count()
+        if epoch.metrics is None:
+            gave = f"only batches that were left out, {epoch.skipped}" if epoch.skipped else "no batch"
+            raise BatchError(f"the training loader gave {gave} in epoch {epoch.number}")
+        for buffer in self.student.buffers():  # batch norm's: the main process' are used and saved
+            distributed.take_from_main(buffer)
+        row = {"epoch": epoch.number} | epoch.metrics.compute() | {"lr": self._lr, "seconds": epoch.seconds}
+        return row | ({"skipped": epoch.skipped} if epoch.skipped else {})
+
+    def _count(self, epoch: Epoch, bar: tqdm, callbacks: Sequence[Callback]) -> None:
+        """Count the steps that are not read yet, or end at the first bad one."""
+        unread, self._unread = self._unread, []
+        errors = self._step.errors([result for *_, result in unread])
+        for (batch, images, labels, result), error in zip(unread, errors):
+            where = f"batch {batch.position} of epoch {epoch.number}"
+            if isinstance(error, NonFiniteError):
+                self._leave_out(error, where, batch, images, labels)
+                continue
+            if error is not None:
+                raise error if isinstance(error, BatchError) else BatchError(f"{where}: {error}") from error
             self.progress.step += 1
             if epoch.metrics is None:
                 epoch.metrics = EpochMetrics(self._step.num_classes, self.device)
@@ -307,24 +361,17 @@ class Trainer:
             for callback in callbacks:
                 callback.on_step(self, result.parts)
             bar.update()
-            if time.perf_counter() - shown > 0.5 and not bar.disable:
-                shown = time.perf_counter()
-                means = epoch.metrics.compute(together=False)
-                bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
-        if epoch.metrics is None:
-            gave = f"only batches that were left out, {epoch.skipped}" if epoch.skipped else "no batch"
-            raise BatchError(f"the training loader gave {gave} in epoch {epoch.number}")
-        for buffer in self.student.buffers():  # batch norm's: the main process' are used and saved
-            distributed.take_from_main(buffer)
-        row = {"epoch": epoch.number} | epoch.metrics.compute() | {"lr": self._lr, "seconds": epoch.seconds}
-        return row | ({"skipped": epoch.skipped} if epoch.skipped else {})
 
-    def _save_if_due(self, epoch: Epoch, first: int, last: int, stop: StopRequest) -> None:
+    def _save_if_due(
+        self, epoch: Epoch, first: int, last: int, stop: StopRequest, count: Callable[[], None]
+    ) -> None:
         """Write a checkpoint within the epoch where one is due; end here if a signal asked for it."""
         if self._folder is None:
             return
-        due = first < epoch.position != last and self._folder.due(self.step)
+        due = first < epoch.position != last and self._folder.due(self.step + len(self._unread))
         stopped, due = distributed.any_of([stop.signal is not None, due], self.device)
+        if stopped or due:
+            count()
         if stopped:
             self._save_and_leave(stop, save=epoch.position > first)
         if due:
@@ -381,6 +428,7 @@ class Trainer:
     def settings(self) -> dict[str, object]:
         """Settings that a resumed run must share with the run that wrote the folder."""
         group = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, tuple))}
+        group.pop("fused", None)  # changes how, not what
         options, defaults = self.options, TrainingOptions()
         later = {
             name: getattr(options, name)

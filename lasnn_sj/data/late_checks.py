@@ -1,0 +1,74 @@
+"""Checks of tensors that may be read later, so that the host need not wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# A plain variable, not a ContextVar, which torch.compile cannot trace.
+_collecting: LateChecks | None = None
+
+
+def require(condition: Tensor, error: Callable[[], Exception], skippable: bool = False) -> None:
+    """Raise ``error()`` unless every element of ``condition`` is true.
+
+    Within :class:`LateChecks` a condition on an accelerator is recorded instead of read.
+
+    Args:
+        condition: bool, any shape.
+        error: makes the exception; may read tensors, and is only called if the condition does not hold.
+        skippable: whether training may go on with the next batch; for :class:`LateChecks`.
+    """
+    if _collecting is not None and (condition.device.type != "cpu" or _collecting.on_cpu):
+        _collecting.add(condition, error, skippable)
+    elif not bool(condition.all()):
+        raise error()
+
+
+class LateChecks:
+    """Collect the conditions of :func:`require` in a ``with`` block; it may be entered several times.
+
+    Args:
+        on_cpu: collect conditions of CPU tensors too, which are otherwise read at once, as reading is free.
+    """
+
+    def __init__(self, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
+        self._failed: list[Tensor] = []
+        self._errors: list[Callable[[], Exception]] = []
+        self._skippable: list[bool] = []
+        self._outer: list[LateChecks | None] = []
+
+    def __enter__(self) -> LateChecks:
+        global _collecting
+        self._outer.append(_collecting)
+        _collecting = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _collecting
+        _collecting = self._outer.pop()
+
+    def add(self, condition: Tensor, error: Callable[[], Exception], skippable: bool) -> None:
+        """Record a condition."""
+        self._failed.append(~condition.all())
+        self._errors.append(error)
+        self._skippable.append(skippable)
+
+    def failed(self) -> Tensor:
+        """Which conditions do not hold, bool ``[number of conditions]``; not read."""
+        return torch.stack(self._failed)
+
+    def fatal(self) -> Tensor:
+        """Whether a condition that is not skippable does not hold, bool scalar; not read."""
+        fatal = [failed for failed, skippable in zip(self._failed, self._skippable) if not skippable]
+        return torch.stack(fatal).any() if fatal else torch.zeros_like(self._failed[0])
+
+    def error(self, failed: list[bool]) -> Exception | None:
+        """The exception of the first condition that does not hold, given what :meth:`failed` holds."""
+        for number, one in enumerate(failed):
+            if one:
+                return self._errors[number]()
+        return None
