@@ -1,10 +1,10 @@
-"""Teacher-default KD on CIFAR-100 (reverse-KD, Table 2): the paper's settings, or a laptop's.
+"""Train with teacher-default KD on CIFAR-100 (reverse distillation, Table 2), at full or laptop size.
 
     python examples/default_kd_cifar100.py paper  --device cuda
     python examples/default_kd_cifar100.py laptop --seeds 0 1 2
 
-The three networks, each alone and taught by a virtual teacher that is always right; no network is needed
-as teacher. CIFAR-100 comes as in sparse_kd_cifar100.py. A run that was cut off goes on when started again.
+Each of the three networks is trained alone and with a virtual teacher that is always right; no teacher
+network is needed. For CIFAR-100 see sparse_kd_cifar100.py. Start an interrupted run again to continue it.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from lasnn_sj.experiments.runs import ReverseOnImages
 
 @dataclass(frozen=True, kw_only=True)
 class Tables(ReverseOnImages):
-    """A table for each network, in a folder of its name.
+    """One table for each network, in a folder with its name.
 
     Attributes:
-        students: networks; the recipe's is replaced by each.
+        students: names of the networks, which replace the recipe's.
     """
 
     students: tuple[str, ...] = ("spiking_resnet18", "spiking_wrn16_4", "spiking_vgg16")
 
     def each(self) -> list[ReverseOnImages]:
-        """The runs, one for each network."""
+        """Return one run for each network."""
         common = {f.name: getattr(self, f.name) for f in dataclasses.fields(ReverseOnImages)}
         return [
             ReverseOnImages(**common | {

@@ -1,13 +1,13 @@
-"""LaSNN on CIFAR-10: the paper's settings, or a laptop's.
+"""Train LaSNN on CIFAR-10 with the paper's settings or at laptop size.
 
     python examples/lasnn_cifar10.py paper  --recipe.student vgg9 --device cuda
     python examples/lasnn_cifar10.py laptop --seeds 0 1 2
     python examples/lasnn_cifar10.py laptop --seeds 0 1 2 --teacher-checkpoint resnet20-12fca82f.th
 
-The last one takes a ready teacher (a ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10) instead of
-training one on the laptop's few images. CIFAR-10 is downloaded by torchvision to ``--root``; where there is
-no network give ``--source FILE.npz`` with the arrays x_train, y_train, x_test, y_test. A run that was cut off
-goes on when started again.
+The last line loads a trained teacher (a ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10) instead
+of training one on the laptop's 5,000 images. torchvision downloads CIFAR-10 to ``--root``; without a
+network, give ``--source FILE.npz`` with the arrays x_train, y_train, x_test, y_test. Start an interrupted
+run again to continue it.
 """
 
 import logging
@@ -47,6 +47,6 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     presets = {
         "paper": ("The paper's settings.", PAPER),
-        "laptop": ("A small network and T, on two cores.", LAPTOP),
+        "laptop": ("A narrow network and a small T, for two cores.", LAPTOP),
     }
     tyro.extras.overridable_config_cli(presets).run()

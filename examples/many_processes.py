@@ -1,16 +1,17 @@
-"""The same script on one process or many: digits, a small student, a teacher.
+"""Train with one process or many: digits, a small student, a teacher.
 
     python examples/many_processes.py
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 examples/many_processes.py  # one machine
 
-Two machines with eight GPUs each; run the same on both, ``--rdzv-endpoint`` names one of them:
+Two machines with eight GPUs each; run the same command on both, where ``--rdzv-endpoint`` names one of
+them:
 
     torchrun --nnodes=2 --nproc-per-node=8 --max-restarts=3 --rdzv-id=42 --rdzv-backend=c10d \\
         --rdzv-endpoint=node0.example.org:29500 examples/many_processes.py --device cuda
 
-``--batch`` is each process' batch: two processes take steps of twice as many images. The process of
-rank 0 alone writes the run folder. When a process dies, torchrun starts all again, and they go on from the
-last checkpoint.
+``--batch`` is the batch of each process: two processes take steps of twice as many images. Only the process
+of rank 0 writes the run folder. When a process dies, torchrun restarts all of them, and they continue from
+the last checkpoint.
 """
 
 import argparse
@@ -29,8 +30,8 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/many_processes"))
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16, help="images a step and process")
-    parser.add_argument("--checkpoint-every", type=int, default=20, help="steps")
+    parser.add_argument("--batch", type=int, default=16, help="images per step and process")
+    parser.add_argument("--checkpoint-every", type=int, default=20, help="steps between checkpoints")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

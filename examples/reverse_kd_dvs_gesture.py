@@ -1,11 +1,11 @@
-"""Reverse distillation on DVS-Gesture (Tables 1 and 2): the paper's settings, or a laptop's.
+"""Train with reverse distillation on DVS-Gesture (Tables 1 and 2), at full or laptop size.
 
     python examples/reverse_kd_dvs_gesture.py paper  --device cuda --recipe.workers 8
     python examples/reverse_kd_dvs_gesture.py laptop --root FOLDER
 
-The recordings are read by Tonic from ``--root`` (the folder with DVSGesture in it), which downloads them
-where they are missing; their frames are cached on disk. One table: the student alone, self-distillation,
-sparse-KD and teacher-default KD. A picture of a test recording is drawn into the run folder.
+Tonic reads the recordings from ``--root``, the folder that contains DVSGesture, and downloads them if they
+are missing; their frames are cached on disk. The table compares the student alone, self-distillation,
+sparse-KD and teacher-default KD. A picture of one test recording is saved in the run folder.
 """
 
 import logging
@@ -32,7 +32,7 @@ LAPTOP = ReverseOnEvents(
 
 
 def main(run: ReverseOnEvents) -> None:
-    """Draw a recording, then run the rows for every seed."""
+    """Draw a recording, then train all rows for every seed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     frames, label = run.data.test[0]
     name = run.data.classes[label]

@@ -1,12 +1,11 @@
-"""Sparse-KD on CIFAR-100 (reverse-KD, Table 1): the paper's settings, or a laptop's.
+"""Train with sparse-KD on CIFAR-100 (reverse distillation, Table 1), at full or laptop size.
 
     python examples/sparse_kd_cifar100.py paper  --recipe.student spiking_wrn16_4 --device cuda
     python examples/sparse_kd_cifar100.py laptop --seeds 0 1 2
 
-One table: the student alone, self-distillation, sparse-KD with its pruned copies as teachers, and for
-comparison teacher-default KD. CIFAR-100 is downloaded by torchvision to ``--root``; where there is no
-network give ``--source FILE.npz`` with the arrays x_train, y_train, x_test, y_test. A run that was cut off
-goes on when started again.
+The table compares the student alone, self-distillation, sparse-KD at several pruning ratios, and teacher-
+default KD. torchvision downloads CIFAR-100 to ``--root``; without a network, give ``--source FILE.npz``
+with the arrays x_train, y_train, x_test, y_test. Start an interrupted run again to continue it.
 """
 
 import logging

@@ -1,12 +1,15 @@
 """Documentation: Python blocks run and do what the text says, links lead somewhere, tables are complete."""
 
+import functools
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lasnn_sj import __main__ as cli
 from lasnn_sj import distillation
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,38 @@ def test_there_are_blocks_and_links_and_paths_lead_somewhere():
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def commands(program):
+    """Arguments of each command line of the pages that begins with ``program``."""
+    shells = [
+        block for page in PAGES for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
+    ]
+    lines = re.findall(rf"^{program} (.+)$", "".join(shells), re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_command_lines_of_the_pages_are_understood(monkeypatch):
+    called = []
+
+    def record(name, command):
+        @functools.wraps(command)
+        def recorded(*args, **kwargs):
+            called.append(name)
+
+        return recorded
+
+    for name, command in cli.COMMANDS.items():
+        monkeypatch.setitem(cli.COMMANDS, name, record(name, command))
+    monkeypatch.setattr(cli, "train", cli.COMMANDS["train"])
+    lines = commands("lasnn-sj")
+    assert len(lines) >= 4
+    for line in lines:
+        cli.main(line)
+        assert called[-1] == line[0]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert commands("make")
+    assert {line[0] for line in commands("make")} <= set(targets)
+
+
 def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text()
     entries = re.findall(r"^[\w/]+$", index, re.M)
@@ -73,12 +108,10 @@ def test_every_objective_has_a_row_in_the_methods_table():
     objectives = {
         name
         for name in distillation.__all__
-        if inspect.isclass(kind := getattr(distillation, name))
-        and "signals" in inspect.signature(kind.__call__).parameters
-        and not getattr(kind, "_is_protocol", False)
+        if inspect.isclass(kind := getattr(distillation, name)) and issubclass(kind, distillation.Objective)
     }
     assert {"CrossEntropy", "LabelKD", "SparseKD", "DefaultKD"} <= objectives
-    assert objectives - {"Sum"} <= set(rows)
+    assert objectives - {"Objective", "Sum"} <= set(rows)
 
 
 def test_project_files_are_valid():
