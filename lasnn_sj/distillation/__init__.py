@@ -15,24 +15,41 @@ from .pairs import Pair, as_map, choose_layers, choose_pairs
 from .spikes import SpikeKD
 from .taps import StudentTaps, TapError, TeacherTaps
 from .teacher import TeacherForward
+from .temporal import (
+    TKS,
+    TPD,
+    EntropyRegularization,
+    PerStepCE,
+    SeAlKD,
+    Synergy,
+    TemporalKD,
+    step_logits,
+)
 
 __all__ = [
+    "TKS",
+    "TPD",
     "Attention",
     "CrossEntropy",
     "DefaultKD",
+    "EntropyRegularization",
     "LabelKD",
     "Look",
     "Needs",
     "Objective",
     "Pair",
+    "PerStepCE",
+    "SeAlKD",
     "Signals",
     "SparseKD",
     "SpikeKD",
     "StudentTaps",
     "Sum",
+    "Synergy",
     "TapError",
     "TeacherForward",
     "TeacherTaps",
+    "TemporalKD",
     "activation_map",
     "as_map",
     "attention_loss",
@@ -44,6 +61,7 @@ __all__ = [
     "sparse_kd",
     "spike_activation_map",
     "spike_map",
+    "step_logits",
     "weight_at",
 ]
 
@@ -56,5 +74,8 @@ def parse_objective(text: str) -> Objective:
     Raises:
         ValueError: anything else; no code is run.
     """
-    known = (Attention, CrossEntropy, DefaultKD, LabelKD)
+    known = (
+        Attention, CrossEntropy, DefaultKD, LabelKD,
+        EntropyRegularization, PerStepCE, SeAlKD, Synergy, TKS, TPD, TemporalKD,
+    )  # fmt: skip
     return _parse(text, {one.__name__: one for one in known})

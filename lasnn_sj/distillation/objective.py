@@ -80,6 +80,7 @@ class Signals:
         labels: ``[N]``, whole numbers in [0, K).
         inputs: input of the student, ``[T, N, ...]`` for a spiking one.
         outputs: output of the student, ``[T, N, K]`` for a spiking one.
+        accumulated: whether the outputs add up over time, as those of an integrator whose last step is read.
         teacher_logits: ``[N, K]`` of the trainer's teacher where asked for; a constant.
         student: tapped values by ``(module name, reading)``.
         teacher: outputs of tapped teacher layers by module name; constants.
@@ -99,6 +100,7 @@ class Signals:
     teacher_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
     epochs: int = 1
+    accumulated: bool = False
     logged: dict[str, Tensor | float] = field(default_factory=dict)
 
 

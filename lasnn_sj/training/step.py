@@ -17,7 +17,7 @@ from ..data.late_checks import LateChecks, require
 from ..distillation.objective import Look, Needs, Signals, needs_of, own_parameters, parts_of
 from ..distillation.taps import ChunkTaps, StudentTaps
 from ..distillation.teacher import TeacherForward
-from ..models.readout import class_scores
+from ..models.readout import class_scores, resolve_readout
 from ..runtime import distributed
 from . import nonfinite
 from .evaluation import batch_axis, evaluating
@@ -72,6 +72,7 @@ class TrainingStep:
         self._teacher: TeacherForward | None = None
         self._forward: nn.Module | None = None
         self._prepared_for: object = None
+        self._accumulated = False
         self._checks: LateChecks | None = None
         self._stopped: Tensor | None = None  # whether a bad step has stopped the training
 
@@ -177,6 +178,7 @@ class TrainingStep:
             signals = Signals(class_scores(outputs, len(labels), trainer.readout), labels, x, outputs)
             signals.student = dict(zip(self._taps.wanted, read)) if self._taps else {}
             signals.epoch, signals.epochs = trainer.epoch, trainer.epochs
+            signals.accumulated = self._accumulated and trainer.readout == "last"
             self._teacher(images, labels, signals)
             parts = parts_of(trainer.objective, signals)
         found = {name: part.detach() for name, part in parts.items()}
@@ -306,6 +308,7 @@ class TrainingStep:
         if distributed.world_size() > 1:
             unused = distributed.any_of([self._has_unused(encoded)], trainer.device)[0]
             forward = DistributedDataParallel(forward, find_unused_parameters=unused)
+        self._accumulated = resolve_readout(student, "auto") == "last"
         self._forward, self.num_classes = forward, num_classes
         self._prepared_for = trainer.objective
 
