@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..training.metrics import NAMES, name_of
 from . import style
 from .spikes import Traces
 from .style import BAD, DASHED, DOTTED, GRID, INK, MARKERS, MUTED, SERIES, layer_labels, plain
@@ -52,8 +53,8 @@ def training_curves(
     if columns is None:
         hidden = (by, "epoch", "step", "seconds", *style.distance_columns(there))
         columns = [
-            *(n for n in style.NAMES if n in there),
-            *(n for n in there if n not in (*style.NAMES, *hidden)),
+            *(n for n in NAMES if n in there),
+            *(n for n in there if n not in (*NAMES, *hidden)),
         ]
     missing = [name for name in columns if name not in there]
     if missing or not columns:
@@ -66,7 +67,7 @@ def training_curves(
             curves = [curve for curve in curves if curve[0]]
             style.draw_curve(axes, label, curves, index)
             values += [y for _, ys in curves for y in ys]
-        style.name_axes(axes, by, style.name_of(name))
+        style.name_axes(axes, by, name_of(name))
         positive = [value for value in values if value > 0]
         if name == "lr" and positive and max(positive) > 4 * min(positive):
             style.use_log(axes.yaxis)

@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Columns of the metrics in words, in the order of the panels.
-NAMES = {
-    "loss": "training loss",
-    "ce": "cross-entropy",
-    "attention": "attention loss",
-    "kd": "distillation loss",
-    "top1": "training accuracy, %",
-    "val_loss": "validation loss",
-    "val_top1": "validation accuracy, %",
-    "attention_alpha": "weight of the attention loss",
-    "lr": "learning rate",
-}
 # name: (on a light page, on a dark one); the first eight tell series apart, by lightness too.
 COLOURS = {
     "c0": ("#0b5fa5", "#6ab7ff"),
@@ -222,11 +210,6 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
-
-
-def name_of(column: str) -> str:
-    """Name of a column of the metrics in words."""
-    return NAMES.get(column, column.replace("_", " "))
 
 
 def distance_columns(columns: Sequence[str] | Mapping[str, object]) -> list[str]:

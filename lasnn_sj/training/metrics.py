@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+# Columns of metrics.csv in words, in the order of figures.
+NAMES = {
+    "loss": "training loss",
+    "ce": "cross-entropy",
+    "attention": "attention loss",
+    "kd": "distillation loss",
+    "spike_kd": "distillation loss of the spikes",
+    "top1": "training accuracy, %",
+    "val_loss": "validation cross-entropy",
+    "val_top1": "validation accuracy, %",
+    "attention_alpha": "weight of the attention loss",
+    "lr": "learning rate",
+}
 _LOCAL = {"sync_on_compute": False, "compute_with_cache": False}
+
+
+def name_of(column: str) -> str:
+    """Name of a column of the metrics in words."""
+    return NAMES.get(column, column.replace("_", " "))
+
+
+def describe(row: Mapping[str, float]) -> str:
+    """A row of the metrics as one line of text, its columns in words."""
+    said = []
+    for name, value in row.items():
+        words, percent, _ = name_of(name).partition(", %")
+        number = f"{value:.2f} %" if percent else f"{value:.4g}" if isinstance(value, float) else str(value)
+        said.append(f"{words} {number}")
+    return ", ".join(said)
 
 
 class _Mean(MeanMetric):

@@ -28,7 +28,7 @@ from .callbacks import Callback, TensorBoard
 from .dataloader import Batch, TrainingBatches
 from .evaluation import check_batch, check_labels, device_of, evaluate
 from .forward import refuse_batch_norm
-from .metrics import EpochMetrics
+from .metrics import EpochMetrics, describe
 from .nonfinite import NonFiniteError
 from .options import TrainingOptions, check_choice, check_count
 from .precision import MixedPrecision
@@ -408,7 +408,7 @@ class Trainer:
                 self.scheduler.step(row["val_loss"])
         elif self.scheduler is not None:
             self.scheduler.step()
-        log.info("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        log.info(describe(row))
         self.progress.finish(row)
         for callback in callbacks:
             callback.on_epoch(self, row)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from ...training.metrics import NAMES, name_of
 from .. import plots
-from ..style import NAMES, SERIES, column, distance_columns, name_of
+from ..style import SERIES, column, distance_columns
 from . import charts
 from .charts import Picture
 from .reading import Part, Run, flat, number, record
