@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
@@ -55,10 +57,16 @@ class StudentForward(nn.Module):
         return torch.cat(outputs), [sum(level) for level in zip(*maps)]
 
     def _tapped(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if self.taps is None:
-            return self.student(x), []
-        with self.taps:
-            return self.student(x), self.taps.collect()
+        with self.taps or nullcontext():
+            return self._pass(x)
+
+    def _pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The part that is compiled, as one graph without breaks."""
+        return self.student(x), [] if self.taps is None else self.taps.collect()
+
+    def compile(self, **options: object) -> None:
+        """Compile the student's pass in place; for the options see ``torch.compile``."""
+        self._pass = torch.compile(self._pass, **options)
 
     def _piece(self, x: Tensor, traces: list, state: list) -> tuple[Tensor, list[Tensor], list, list]:
         """Pure but for random numbers, which ``checkpoint`` draws again alike."""

@@ -20,7 +20,9 @@ class TrainingOptions:
     Args:
         precision: of convolutions and linear layers: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with
             scaled gradients; potentials, maps and losses are float32 in each.
-        compile: run the student's pass through ``torch.compile``; the first steps take minutes.
+        compile: ``True`` runs the student's pass through ``torch.compile``; the first steps take minutes.
+            ``"graph"`` records its forward and backward pass as CUDA graphs instead, within seconds, and
+            needs a CUDA device; batches of another size are recorded again.
         accumulate: split each batch into this many pieces, run one after the other, and add their
             gradients: the same step in less memory (except with batch norm, which sees a piece).
         time_chunks: run the time steps in this many pieces and keep only the neurons' state between them:
@@ -35,7 +37,7 @@ class TrainingOptions:
     """
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: bool = False
+    compile: bool | Literal["graph"] = False
     accumulate: int = 1
     time_chunks: int = 1
     clip_norm: float | None = None
@@ -44,6 +46,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(DTYPES))
+        if self.compile not in (False, True, "graph"):
+            raise ValueError(f'compile must be False, True or "graph", got {self.compile!r}')
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_count("accumulate", self.accumulate)
         check_count("time_chunks", self.time_chunks)

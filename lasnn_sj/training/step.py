@@ -137,6 +137,8 @@ class TrainingStep:
     def _run(self, images: Tensor, labels: Tensor) -> StepResult:
         trainer = self.trainer
         self.prepare(images, labels)
+        if trainer.options.compile == "graph":
+            torch.compiler.cudagraph_mark_step_begin()
         trainer.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in trainer.student.buffers()]  # of batch norm
         result, scores = StepResult(), []
@@ -148,7 +150,7 @@ class TrainingStep:
                     share = len(piece_labels) / len(labels)
                     trainer.mixed_precision.backward(sum(parts.values()) * share)
                 functional.reset_net(trainer.student)
-                scores.append(signals.scores.detach())
+                scores.append(signals.scores.detach().clone())  # a CUDA graph's next replay overwrites them
                 _add(result.parts, parts, share, trainer.device)
                 _add(result.logged, signals.logged, share, trainer.device)
             if self._checks is None:
@@ -303,7 +305,9 @@ class TrainingStep:
             self._taps = kind(student, self._needs.student, through)
         self._teacher = TeacherForward(teacher, self._needs)
         forward = StudentForward(student, self._taps, chunks)
-        if trainer.options.compile:
+        if trainer.options.compile == "graph":
+            forward.compile(backend="cudagraphs")
+        elif trainer.options.compile:
             forward.compile()
         if distributed.world_size() > 1:
             unused = distributed.any_of([self._has_unused(encoded)], trainer.device)[0]

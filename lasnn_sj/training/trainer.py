@@ -93,6 +93,8 @@ class Trainer:
         if self.options.time_chunks > 1:
             refuse_batch_norm(student)
         device = torch.device(device) if device is not None else device_of(student)
+        if self.options.compile == "graph" and device.type != "cuda":
+            raise ValueError(f'compile="graph" needs a CUDA device, got device {device}; use True or False')
         self.device = distributed.initialise(device)
         self.student, self.teacher, self.encoder = student, teacher, encoder
         self.readout = resolve_readout(student, readout)

@@ -258,3 +258,49 @@ def test_a_callback_sees_each_step_once(late):
     fit(trainer(callbacks=[steps]), batches(LAG + 3))
     assert [number for number, _ in steps.seen] == list(range(1, LAG + 4))
     assert len({loss for _, loss in steps.seen}) == LAG + 3
+
+
+def test_the_students_pass_is_one_graph_and_its_steps_are_those_of_plain_ones(late):
+    """No graph break and no data-dependent control flow in forward, taps and backward."""
+    results = []
+    for compiled in (False, True):
+        net = student()
+        one = LaSNNTrainer(
+            net, models.teacher_resnet20(4, width=0.25).eval(), encoder=PoissonEncoder(3),
+            optimizer=torch.optim.Adam(net.parameters(), fused=True),
+        )  # fmt: skip
+        data = batches(3)
+        one.prepare(*data[0])
+        if compiled:
+            one._step._forward.compile(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(2)
+        parts = [one.train_step(*batch).parts for batch in data]
+        one.finish_steps()
+        results.append((net.state_dict(), [{k: v.item() for k, v in each.items()} for each in parts]))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_everything_that_a_step_updates_keeps_its_address(late):
+    """As a CUDA graph needs it: parameters, buffers, optimiser state, the flag that stops."""
+    one = trainer(student(batch_norm=True))
+
+    def addresses():
+        state = [t for s in one.optimizer.state.values() for t in s.values()]
+        tensors = [*one.student.parameters(), *one.student.buffers(), *state, one._step._stopped]
+        return [t.data_ptr() for t in tensors]
+
+    data = batches(5)
+    one.train_step(*data[0])
+    first = addresses()
+    for batch in data[1:]:
+        one.train_step(*batch)
+    assert addresses() == first
+
+
+def test_a_cuda_graph_needs_a_cuda_device(tmp_path):
+    with pytest.raises(ValueError, match='compile="graph" needs a CUDA device, got device cpu'):
+        trainer(folder=tmp_path / "run", compile="graph")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="compile must be False, True or \"graph\", got 'fast'"):
+        TrainingOptions(compile="fast")
