@@ -8,7 +8,7 @@ from .attention import (
     spike_activation_map,
     spike_map,
 )
-from .logits import DefaultKD, LabelKD, SparseKD, default_kd, sparse_kd
+from .logits import DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD, SparseKD, default_kd, sparse_kd
 from .objective import CrossEntropy, Look, Needs, Objective, Signals, Sum, weight_at
 from .objective import parse_objective as _parse
 from .pairs import Pair, as_map, choose_layers, choose_pairs
@@ -27,15 +27,18 @@ from .temporal import (
 )
 
 __all__ = [
+    "DIST",
     "TKS",
     "TPD",
     "Attention",
     "CrossEntropy",
+    "DecoupledKD",
     "DefaultKD",
     "EntropyRegularization",
     "LabelKD",
     "Look",
     "Needs",
+    "NoiseSmoothedKD",
     "Objective",
     "Pair",
     "PerStepCE",
@@ -75,7 +78,7 @@ def parse_objective(text: str) -> Objective:
         ValueError: anything else; no code is run.
     """
     known = (
-        Attention, CrossEntropy, DefaultKD, LabelKD,
+        Attention, CrossEntropy, DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD,
         EntropyRegularization, PerStepCE, SeAlKD, Synergy, TKS, TPD, TemporalKD,
     )  # fmt: skip
     return _parse(text, {one.__name__: one for one in known})

@@ -1,7 +1,8 @@
-"""Distillation of logits: label KD, sparse-KD and teacher-default KD."""
+"""Distillation of logits: label KD, sparse-KD, teacher-default KD, decoupled KD, DIST, smoothed logits."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -220,3 +221,160 @@ class DefaultKD(Objective):
         return _default_kd(
             signals.scores, signals.labels, self.probability, self.temperature, self.alpha, self.soften
         )
+
+
+@dataclass(repr=False)
+class DecoupledKD(Objective):
+    """Decoupled distillation (DKD; Zhao et al., CVPR 2022), added to a cross-entropy.
+
+    With the label ``y``, ``p`` and ``q`` the softened probabilities of teacher and student:
+    ``tau^2 * (alpha * TCKD + beta * NCKD)``. ``TCKD = KL((p_y, 1 - p_y) || (q_y, 1 - q_y))`` is how sure both
+    are of the label, ``NCKD = KL(p' || q')`` compares the classes but the label,
+    ``p'_k = p_k / (1 - p_y)``. In ordinary distillation ``beta`` would be ``1 - p_y``.
+
+    Args:
+        alpha: weight of the label's part, at least 0.
+        beta: weight of the other classes' part, at least 0; the paper has 8 for most CIFAR-100 teachers.
+        temperature: ``tau``, above 0.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+
+    needs_teacher = True
+
+    def __post_init__(self) -> None:
+        check_weights(self, "alpha", "beta")
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]:
+        """``{"target_kd": alpha * ..., "other_kd": beta * ...}``."""
+        teacher = same_classes(signals.scores, signals.teacher_logits, "DecoupledKD")
+        if teacher.shape[1] < 2:
+            raise ValueError("DecoupledKD needs at least 2 classes, the student has 1")
+        label = F.one_hot(signals.labels, teacher.shape[1]).bool()
+        tau = self.temperature
+        sure = [self._label_or_not(z / tau, label) for z in (teacher, signals.scores)]
+        others = [z[~label].view(len(z), -1) for z in (teacher, signals.scores)]
+        tckd = (sure[0].exp() * (sure[0] - sure[1])).sum(1).mean()
+        nckd = divergence(*others, tau).mean()
+        return {"target_kd": self.alpha * tau**2 * tckd, "other_kd": self.beta * tau**2 * nckd}
+
+    @staticmethod
+    def _label_or_not(z: Tensor, label: Tensor) -> Tensor:
+        """Log probabilities of the label and of all other classes together, ``[N, 2]``."""
+        log_p = F.log_softmax(z, dim=1)
+        return torch.stack([log_p[label], log_p.masked_fill(label, -math.inf).logsumexp(1)], 1)
+
+
+@dataclass(repr=False)
+class DIST(Objective):
+    """Distillation of relations by Pearson's correlation (DIST; Huang et al., NeurIPS 2022), added to a CE.
+
+    With softened probabilities ``p`` of the teacher and ``q`` of the student, ``[N, K]``, and the correlation
+    ``r``: ``tau^2 * (beta * mean over samples of (1 - r(p_n, q_n)) + gamma * mean over classes of
+    (1 - r(p_k, q_k)))``. The first compares the classes of a sample, the second the samples of a class; a
+    batch of one sample has no second.
+
+    Args:
+        beta: weight of the relations between classes, at least 0.
+        gamma: weight of the relations within a class, at least 0.
+        temperature: ``tau``, above 0.
+    """
+
+    beta: float = 2.0
+    gamma: float = 2.0
+    temperature: float = 4.0
+
+    needs_teacher = True
+
+    def __post_init__(self) -> None:
+        check_weights(self, "beta", "gamma")
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]:
+        """``{"inter": beta * ..., "intra": gamma * ...}``."""
+        teacher, tau = same_classes(signals.scores, signals.teacher_logits, "DIST"), self.temperature
+        p, q = F.softmax(teacher / tau, dim=1), F.softmax(signals.scores / tau, dim=1)
+        inter = (1 - _correlation(p, q)).mean()
+        intra = (1 - _correlation(p.T, q.T)).mean() if len(p) > 1 else 0 * inter
+        return {"inter": self.beta * tau**2 * inter, "intra": self.gamma * tau**2 * intra}
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of rows; 0 where a row is constant."""
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+
+
+@dataclass(repr=False)
+class NoiseSmoothedKD(Objective):
+    """Noise-smoothed logits distillation (NLD, part of CKDSNN; AAAI 2026), added to a cross-entropy.
+
+    ``alpha * KL(s(z_A) || s(z + strength * eps))`` with ``s = softmax(. / tau)`` and Gaussian noise ``eps``
+    of the student's mean and standard deviation. As described in secondary sources; mean and deviation are
+    assumed to be those of a sample over its classes, and constants.
+
+    Args:
+        alpha: weight, at least 0; ``tau^2`` at its default.
+        strength: of the noise, at least 0.
+        temperature: ``tau``, above 0.
+    """
+
+    alpha: float = 4.0
+    strength: float = 0.1
+    temperature: float = 2.0
+
+    needs_teacher = True
+
+    def __post_init__(self) -> None:
+        check_weights(self, "alpha", "strength")
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]:
+        """``{"smoothed_kd": alpha * KL}``."""
+        z = signals.scores
+        teacher = same_classes(z, signals.teacher_logits, "NoiseSmoothedKD")
+        fixed = z.detach()
+        noise = fixed.mean(1, keepdim=True) + fixed.std(1, keepdim=True) * torch.randn_like(fixed)
+        each = divergence(teacher, z + self.strength * noise, self.temperature)
+        return {"smoothed_kd": self.alpha * each.mean()}
+
+
+def divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``KL(softmax(target / tau) || softmax(logits / tau))``, a sum over the last dimension.
+
+    Args:
+        target: ``[N, K]`` or ``[T, N, K]``.
+        logits: ``[T, N, K]``, or ``[N, K]``.
+        temperature: ``tau``.
+
+    Returns:
+        ``[T, N]``, or ``[N]``.
+    """
+    target = F.log_softmax(target / temperature, dim=-1)
+    return (target.exp() * (target - F.log_softmax(logits / temperature, dim=-1))).sum(-1)
+
+
+def same_classes(scores: Tensor, teacher_logits: Tensor | None, name: str) -> Tensor:
+    """The teacher's logits as constants of the scores' dtype.
+
+    Raises:
+        ValueError: there are none, or of other classes than the student's.
+    """
+    if teacher_logits is None:
+        raise ValueError(f"{name} needs the logits of a teacher; give the trainer one")
+    if teacher_logits.shape != scores.shape:
+        raise ValueError(
+            f"{name} needs a teacher with the student's classes, got logits {tuple(teacher_logits.shape)} of "
+            f"the teacher and {tuple(scores.shape)} of the student"
+        )
+    return teacher_logits.detach().to(scores.dtype)
+
+
+def check_weights(objective: Objective, *weights: str) -> None:
+    """Raise :class:`ValueError` for a negative weight, or a temperature that is not above 0."""
+    for name in weights:
+        value = getattr(objective, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number, at least 0, got {value!r}")
+    tau = getattr(objective, "temperature", 1.0)
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
+        raise ValueError(f"temperature must be a number above 0, got {tau!r}")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .logits import check_weights, divergence, same_classes
 from .objective import Look, Needs, Objective, Signals
 
 
@@ -93,7 +94,7 @@ class TemporalKD(_PerStep):
     ensemble: Literal["all", "correct"] = "all"
 
     def __post_init__(self) -> None:
-        _check(self, "alpha", "beta")
+        check_weights(self, "alpha", "beta")
         if self.ensemble not in ("all", "correct"):
             raise ValueError(f'ensemble must be "all" or "correct", got {self.ensemble!r}')
 
@@ -138,7 +139,7 @@ class TKS(_PerStep):
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
-        _check(self, "alpha")
+        check_weights(self, "alpha")
         if self.alpha > 1:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
 
@@ -170,7 +171,7 @@ class TPD(_PerStep):
     least_steps = 2
 
     def __post_init__(self) -> None:
-        _check(self, "alpha")
+        check_weights(self, "alpha")
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"tpd": alpha / (T - 1) * ...}``."""
@@ -204,7 +205,7 @@ class Synergy(_PerStep):
     least_steps = 2
 
     def __post_init__(self) -> None:
-        _check(self, "alpha")
+        check_weights(self, "alpha")
         if self.direction not in ("S2W", "W2S"):
             raise ValueError(f'direction must be "S2W" or "W2S", got {self.direction!r}')
 
@@ -244,7 +245,7 @@ class SeAlKD(_PerStep):
     least_steps = 2
 
     def __post_init__(self) -> None:
-        _check(self, "alpha", "beta")
+        check_weights(self, "alpha", "beta")
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"ce": ..., "kd": alpha * ..., "temporal": beta * STA}``."""
@@ -289,43 +290,12 @@ class EntropyRegularization(_PerStep):
     weight: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "weight")
+        check_weights(self, "weight")
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"entropy": -weight * mean entropy}``."""
         log_p = F.log_softmax(step_logits(signals), dim=2)
         return {"entropy": self.weight * (log_p.exp() * log_p).sum(2).mean()}
-
-
-def divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """``KL(softmax(target / tau) || softmax(logits / tau))``, a sum over the last dimension.
-
-    Args:
-        target: ``[N, K]`` or ``[T, N, K]``.
-        logits: ``[T, N, K]``.
-        temperature: ``tau``.
-
-    Returns:
-        ``[T, N]``.
-    """
-    target = F.log_softmax(target / temperature, dim=-1)
-    return (target.exp() * (target - F.log_softmax(logits / temperature, dim=-1))).sum(-1)
-
-
-def same_classes(scores: Tensor, teacher_logits: Tensor | None, name: str) -> Tensor:
-    """The teacher's logits as constants of the scores' dtype.
-
-    Raises:
-        ValueError: there are none, or of other classes than the student's.
-    """
-    if teacher_logits is None:
-        raise ValueError(f"{name} needs the logits of a teacher; give the trainer one")
-    if teacher_logits.shape != scores.shape:
-        raise ValueError(
-            f"{name} needs a teacher with the student's classes, got logits {tuple(teacher_logits.shape)} of "
-            f"the teacher and {tuple(scores.shape)} of the student"
-        )
-    return teacher_logits.detach().to(scores.dtype)
 
 
 _NO_STEPS = (
@@ -336,17 +306,6 @@ _NO_STEPS = (
 
 def _shape(outputs: object) -> object:
     return tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-
-
-def _check(objective: Objective, *weights: str) -> None:
-    """Check weights, and the temperature where there is one."""
-    for name in weights:
-        value = getattr(objective, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number, at least 0, got {value!r}")
-    tau = getattr(objective, "temperature", 1.0)
-    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
-        raise ValueError(f"temperature must be a number above 0, got {tau!r}")
 
 
 def _per_step_ce(z: Tensor, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -46,6 +47,8 @@ def evaluate(
     chunk: int | None = None,
     over_time: bool = False,
     confusion: bool = False,
+    early_exit: float | None = None,
+    exit_by: Literal["confidence", "entropy"] = "confidence",
 ) -> dict[str, float | list[float] | Tensor]:
     """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
 
@@ -63,18 +66,30 @@ def evaluate(
             sequence need it whole.
         over_time: also say what the accuracy would be if the network were stopped after each step.
         confusion: also count the predictions of each class.
+        early_exit: also say what a run would give that stops each sample once its prediction is sure: at the
+            first step where the largest probability is at least this threshold, or the last step.
+        exit_by: ``"confidence"`` as above, or ``"entropy"``: the prediction's entropy, in units of that of
+            even odds, ``log K``, is at most the threshold.
 
     Returns:
         ``loss`` (mean cross-entropy), ``top1`` (percent of all samples), ``samples``; with ``over_time``
         also ``top1_over_time``, the ``T`` values of ``top1`` after step 1 to ``T``, from the same pass; with
-        ``confusion`` also ``confusion``, ``[K, K]`` int64: samples of each class (row) by prediction.
+        ``confusion`` also ``confusion``, ``[K, K]`` int64: samples of each class (row) by prediction; with
+        ``early_exit`` also ``early_exit_top1`` and ``early_exit_steps``, the mean number of steps used, from
+        the same pass.
 
     Raises:
         BatchError: an empty loader or a batch that cannot be used.
-        ValueError: ``over_time`` for a network that gives no scores of single steps.
+        ValueError: ``over_time`` or ``early_exit`` for a network that gives no scores of single steps, or a
+            threshold outside [0, 1].
     """
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
+    if early_exit is not None and not 0 <= early_exit <= 1:
+        raise ValueError(f"early_exit must lie in [0, 1], got {early_exit}")
+    if exit_by not in ("confidence", "entropy"):
+        raise ValueError(f'exit_by must be "confidence" or "entropy", got {exit_by!r}')
+    by_step, exits = over_time or early_exit is not None, 0
     hits = counts = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
     share, quiet = evaluation_share(loader), None if distributed.is_main() else True
@@ -83,12 +98,14 @@ def evaluate(
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)
-            scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, over_time)
+            scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, by_step)
             functional.reset_net(model)
             check_labels(labels, scores.shape[1], where)
             labels = labels.to(device)
             if over_time:
                 hits = hits + (steps.argmax(2) == labels).sum(1)
+            if early_exit is not None:
+                exits = exits + _exits(steps, labels, early_exit, exit_by)
             loss, guesses = F.cross_entropy(scores, labels, reduction="sum"), scores.argmax(1)
             right = (guesses == labels).sum()
             if confusion:
@@ -101,10 +118,26 @@ def evaluate(
     result = {"loss": loss / samples, "top1": 100 * right / samples, "samples": int(samples)}
     if over_time:
         result["top1_over_time"] = (100 * _over_all(hits, device) / samples).tolist()
+    if early_exit is not None:
+        right, used = (_over_all(exits, device) / samples).tolist()
+        result |= {"early_exit_top1": 100 * right, "early_exit_steps": used}
     if confusion:
         counts = _over_all(counts, device).long().cpu()
         result["confusion"] = counts.view(round(len(counts) ** 0.5), -1)
     return result
+
+
+def _exits(steps: Tensor, labels: Tensor, threshold: float, by: str) -> Tensor:
+    """Right answers and steps used by samples that stop once they are sure, ``[2]``."""
+    log_p = steps.float().log_softmax(2)
+    if by == "confidence":
+        sure = log_p.amax(2).exp() >= threshold
+    else:
+        sure = -(log_p.exp() * log_p).sum(2) <= threshold * math.log(steps.shape[2])
+    sure[-1] = True
+    stop = sure.int().argmax(0)  # the first step that is sure
+    right = steps.argmax(2).gather(0, stop.unsqueeze(0)).squeeze(0) == labels
+    return torch.stack([right.sum(), (stop + 1).sum()]).double()
 
 
 def _over_all(counts: Tensor | int, device: torch.device) -> Tensor:
@@ -139,11 +172,13 @@ def _scores(
         if over_time:
             if outputs.dim() != 3:
                 raise ValueError(
-                    f"over_time needs a network that gives scores of every step, [T, N, K], "
+                    f"early_exit or over_time needs a network that gives scores of every step, [T, N, K], "
                     f"{type(model).__name__} gives {tuple(outputs.shape)}"
                 )
-            # of a mean the sum up to each step: it has the same largest class
-            so_far.append(outputs if readout == "last" else outputs.cumsum(0) + total)
+            if readout != "last":
+                count = torch.arange(T + 1, T + len(outputs) + 1, device=outputs.device).view(-1, 1, 1)
+                outputs = (outputs.float().cumsum(0) + total) / count
+            so_far.append(outputs)
         total, T = total + scores * len(piece), T + len(piece)
     return scores if readout == "last" else total / T, torch.cat(so_far) if over_time else None
 
