@@ -127,3 +127,18 @@ def test_command_lines_of_the_tables(line, wanted, monkeypatch):
     assert {key: getattr(seen[-1], key) for key in wanted} == wanted
     if "--recipe.student" in args:
         assert seen[-1].recipe.student == args[args.index("--recipe.student") + 1]
+
+
+def test_the_quickstart_s_sentence_is_computed(example):
+    quickstart = example("quickstart")
+    rows = (quickstart.START, *quickstart.COMPARISON.rows)  # hybrid, label KD, LaSNN, both
+    tops = dict(zip(rows, ((50, 60), (80, 90), (92, 93), (83, 88), (94, 96))))
+    results = {row: {s: {"top1": v, "samples": 360} for s, v in enumerate(tops[row])} for row in rows}
+    said = quickstart.sentence(results)
+    assert said.startswith("On 360 test images, training raises the converted SNN from 55.0 % to 95.0 %")
+    assert "LaSNN is 0.50 points above hybrid (cross-entropy) (above on 1 of 2 seeds)" in said
+    assert "LaSNN + label KD is 2.50 points above label KD (above on 2 of 2 seeds)" in said
+    results[quickstart.LASNN] = {s: {"top1": 70.0, "samples": 360} for s in (0, 1)}
+    assert "LaSNN is 15.00 points below hybrid" in quickstart.sentence(results)
+    shown = quickstart.table({"teacher": [97.0], "LaSNN, T = 2": [90.0, 92.0]})
+    assert "| LaSNN, T = 2 | 91.00 ± 1.41 |" in shown
