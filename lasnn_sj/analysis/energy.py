@@ -1,4 +1,4 @@
-"""Operations of a spiking network and their energy, by time step, beside those of the same network as ANN."""
+"""Operations and energy of a spiking network by time step, and of the same network as ANN."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _count(student: nn.Module, encoded: Tensor, events: bool) -> Operations:
 
 
 class _Counter(BaseCounter):
-    """Counts for each row of a layer's input, ``[T * N, ...]`` or ``[N, ...]``, by the tensors' values.
+    """Counter by the rows of a layer's input, ``[T * N, ...]`` or ``[N, ...]``, and the tensors' values.
 
     A tensor of spikes is known by its values (0 and 1, or signed), or because it was made by averaging
     or adding such tensors: then a mark on its memory says by which factor it becomes whole numbers.
@@ -153,16 +153,16 @@ class _Counter(BaseCounter):
         }
 
     def enter(self, module: nn.Module, args: tuple) -> None:
-        """Hook of every module, before its forward."""
+        """Note the module that runs next; a forward pre-hook of every module."""
         self._layer = module
 
     def mark(self, x: Tensor, factor: float) -> None:
-        """``x * factor`` are numbers of spikes."""
+        """Record that ``x * factor`` holds numbers of spikes."""
         self._marks[x.untyped_storage().data_ptr()] = factor
         self._kept.append(x)
 
     def _spikes(self, x: Tensor) -> tuple[Tensor, float] | None:
-        """Numbers of spikes, and the factor that makes them of ``x``; ``None`` where ``x`` is real-valued."""
+        """Numbers of spikes in ``x`` and their factor (see :meth:`mark`); ``None`` for real values."""
         factor = self._marks.get(x.untyped_storage().data_ptr())
         if factor is None:
             return (x.abs().double(), 1.0) if bool(((x == 0) | (x.abs() == 1)).all()) else None
@@ -231,7 +231,7 @@ class _Counter(BaseCounter):
         return synops
 
     def operations(self) -> Operations:
-        """What was counted, for one sample."""
+        """Mean counts of one sample."""
         T, batch = self.T, self.batch
         steps = {True: torch.zeros(T, dtype=torch.float64), False: torch.zeros(T, dtype=torch.float64)}
         steps[True] += self._spread["synops"] / T

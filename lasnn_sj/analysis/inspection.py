@@ -136,18 +136,18 @@ def inspect_student(
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(device) if device is not None else device_of(student)
     readout = resolve_readout(student, readout)
-    with _kept_as_they_were(student, teacher, encoder):
+    with _preserved(student, teacher, encoder):
         images, _, axis = next(first_samples(loader, encoder, 2), (None, None, 0))
         if images is None:
             raise BatchError("the loader for the inspection gave no batch")
         small = images.to(device)
         # so that what follows draws the codes that an evaluation by itself draws
-        with _kept_as_they_were(student, teacher, encoder), torch.no_grad():
+        with _preserved(student, teacher, encoder), torch.no_grad():
             encoded = small if encoder is None else encoder(small)
             outputs = student(encoded)
         every_step = outputs.dim() == 3
         names = _class_names(classes, loader, outputs.shape[-1])
-        with _kept_as_they_were(student, teacher, encoder):
+        with _preserved(student, teacher, encoder):
             operations = count_operations(student, loader, encoder, device=device)
         result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step,
                           confusion=True)  # fmt: skip
@@ -217,7 +217,7 @@ def inspect_student(
 
 
 def results(path: Path) -> dict[str, object]:
-    """Results that a stage keeps of the file that :func:`inspect` writes; ``spikes`` is by layer."""
+    """Read from ``inspection.json`` the results that a stage keeps; ``spikes`` is by layer."""
     found = json.loads(path.read_text())
     names = ("loss", "top1", "samples", "top1_over_time", "spikes_per_neuron")
     spikes = {layer["name"]: layer["spikes_per_neuron"] for layer in found["layers"]}
@@ -225,11 +225,11 @@ def results(path: Path) -> dict[str, object]:
 
 
 def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> None:
-    """Add an inspection to TensorBoard: its pictures, and the settings with what came of them (HParams).
+    """Add an inspection to TensorBoard: its pictures, and settings beside results (HParams).
 
     Args:
-        folder: of the event files.
-        settings: of the run; nested ones are flattened, others than numbers become text.
+        folder: folder of the event files.
+        settings: settings of the run; nested ones are flattened, others than numbers become text.
         inspection: ``inspection.json`` of :func:`inspect`, its arrays beside it.
     """
     from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
@@ -252,7 +252,7 @@ def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> Non
 
 
 def _class_names(classes: Sequence[str] | None, loader: Iterable, K: int) -> list[str] | None:
-    """Names of the ``K`` classes: those given, or the attribute ``classes`` of the loader's data set."""
+    """Return the names of the ``K`` classes: those given, or ``classes`` of the loader's data set."""
     if classes is None:
         dataset = getattr(loader, "dataset", None)
         while dataset is not None and not hasattr(dataset, "classes"):
@@ -267,7 +267,7 @@ def _class_names(classes: Sequence[str] | None, loader: Iterable, K: int) -> lis
 def _traces(
     student: nn.Module, sample: Tensor, encoder: nn.Module | None, device: torch.device
 ) -> tuple[list[dict[str, object]], dict[str, np.ndarray]]:
-    """Neurons whose spikes and potentials are kept, and these, ``[T, all of them]``."""
+    """Record a few neurons; return them by layer, and their spikes and potentials ``[T, M]``."""
     try:
         found = record_traces(student, sample, encoder, device=device)
     except (RuntimeError, ValueError, IndexError) as error:  # it needs the whole sequence
@@ -283,10 +283,8 @@ def _traces(
 
 
 @contextmanager
-def _kept_as_they_were(
-    student: nn.Module, teacher: nn.Module | None, encoder: nn.Module | None
-) -> Iterator[None]:
-    """Evaluation mode inside; modes, neurons' states and random generators of before outside."""
+def _preserved(student: nn.Module, teacher: nn.Module | None, encoder: nn.Module | None) -> Iterator[None]:
+    """Enter evaluation mode; afterwards restore modes, neurons' states and random-number generators."""
     generators = random_state.generators_of({"student": student, "encoder": encoder})
     before = random_state.random_state(generators)
     networks = [student] if teacher is None else [student, teacher]
@@ -308,7 +306,7 @@ class _Maps:
     def prepare(
         self, encoded: Tensor, images: Tensor, axis: int, outputs: Tensor, given: bool
     ) -> tuple[list[dict[str, str | None]], str | None]:
-        """Set the taps; the layers whose maps are shown, and why some maps are missing."""
+        """Set the taps; return the layers whose maps are shown, and why some maps are missing."""
         encoded, images = encoded[:, :2], images.narrow(axis, 0, min(2, images.shape[axis]))
         missing = None
         if self.teacher is not None:

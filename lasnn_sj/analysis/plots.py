@@ -219,7 +219,7 @@ def spikes_per_layer(
     Args:
         spikes: for each label the values by layer, such as
             :attr:`~lasnn_sj.analysis.SpikeStatistics.spikes_per_neuron`.
-        name: of the horizontal axis.
+        name: name of the horizontal axis.
     """
     found = {label: _by_layer(seeds) for label, seeds in style.by_seed(spikes, ()).items()}
     layers = list(dict.fromkeys(layer for by_layer in found.values() for layer in by_layer))
@@ -414,7 +414,7 @@ def _value_bars(
     name: str,
     shape: str,
 ) -> Figure:
-    """Horizontal bars with their values, and a line for the interval where there is one."""
+    """Plot horizontal bars with their values, and a line for the interval where there is one."""
     found = {label: seeds for label, seeds in style.by_seed(values, ()).items() if seeds}
     if not found:
         raise ValueError("values by method are needed, got none")
@@ -444,6 +444,6 @@ def _value_bars(
 
 
 def _by_layer(seeds: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Values of all seeds by layer."""
+    """Return the values of all seeds by layer."""
     layers = dict.fromkeys(layer for one in seeds for layer in one)
     return {layer: [one[layer] for one in seeds if layer in one] for layer in layers}

@@ -207,7 +207,7 @@ def record_traces(
 
 
 def threshold_of(layer: nn.Module) -> float | None:
-    """Threshold of a layer of neurons, where it has a single one."""
+    """Return the threshold of a layer of neurons, where it has a single one."""
     value = getattr(layer, "v_threshold", None)
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None
@@ -215,7 +215,7 @@ def threshold_of(layer: nn.Module) -> float | None:
 
 
 def _spaced(counts: Tensor, most: int) -> Tensor:
-    """Indices of at most ``most`` neurons, evenly spaced among those that fire, then silent ones."""
+    """Choose at most ``most`` neurons, evenly spaced among those that fire, then among silent ones."""
     found = []
     for group in (torch.nonzero(counts > 0).flatten(), torch.nonzero(counts == 0).flatten()):
         n = min(most - sum(map(len, found)), len(group))

@@ -1,4 +1,4 @@
-"""Style that the figures share: colours, axes, curves with their range over seeds, legends."""
+"""Common style of the figures: colours, axes, curves with their range over seeds, legends."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def new_figure(
     panels: int = 1, height: float | None = None, width: float | None = None, ratios: Sequence[float] = ()
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels three in a row, or below each other with ``ratios`` of their heights."""
+    """Make a figure with three panels in a row, or panels in one column with ``ratios`` of their heights."""
     from matplotlib.figure import Figure
 
     columns = 1 if ratios else min(panels, 3)
@@ -69,7 +69,7 @@ def new_figure(
 
 
 def by_seed(values: Mapping[str, object], kind: type | tuple[type, ...]) -> dict[str, list]:
-    """Values by label, each as a list with one item for each seed.
+    """Bring values by label into lists with one item for each seed.
 
     Args:
         values: an item, or a list of items, by label.
@@ -88,7 +88,7 @@ def by_seed(values: Mapping[str, object], kind: type | tuple[type, ...]) -> dict
 def draw_curve(
     axes: Axes, label: str, curves: Sequence[Curve], index: int, style: object | None = None
 ) -> None:
-    """Curves of several seeds as their mean and range, or each by itself where their places differ."""
+    """Draw curves of several seeds as mean and range, or one by one where their x values differ."""
     if not curves:
         return
     colour = SERIES[index % len(SERIES)]
@@ -107,7 +107,7 @@ def draw_curve(
 
 
 def name_axes(axes: Axes, x: str, y: str) -> None:
-    """Label both axes; whole numbers on those that count something."""
+    """Label both axes; an axis that counts epochs or steps gets whole numbers."""
     axes.set_xlabel(plain(x))
     axes.set_ylabel(plain(y))
     if x in ("epoch", "step", "time step"):
@@ -117,7 +117,7 @@ def name_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def make_room(axes: Axes, values: Sequence[float], percent: bool = False) -> None:
-    """Keep the vertical axis from magnifying what hardly changes: 5 points, or a tenth of the value."""
+    """Give the vertical axis a minimum range, so that noise is not magnified: 5 points or a tenth."""
     if not values:
         return
     low, high = min(values), max(values)
@@ -152,7 +152,7 @@ def use_log(axis: Axis) -> None:
 
 
 def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend below the panels, which become no lower for it; as many columns as the labels leave room."""
+    """Add one legend below the panels, in as many columns as the labels leave room for."""
     entries = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -170,7 +170,7 @@ def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def shared_scale(teacher: np.ndarray | None, student: np.ndarray | None) -> list[np.ndarray | None]:
-    """Maps ``[N, h, w]`` of one level as colours ``[N, h, w, 3]``, uint8, on one scale for each sample."""
+    """Convert maps ``[N, h, w]`` of one level to colours ``[N, h, w, 3]``, uint8, on one scale per sample."""
     import matplotlib
 
     found: list[np.ndarray | None] = []
@@ -191,19 +191,19 @@ def shared_scale(teacher: np.ndarray | None, student: np.ndarray | None) -> list
 
 
 def energy_unit(picojoules: float) -> tuple[float, str]:
-    """Picojoules in the largest unit that leaves at least 1, and the unit."""
+    """Return the largest unit of energy that leaves at least 1, as its picojoules and its name."""
     units = ((1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ"), (1.0, "pJ"))
     return next((unit for unit in units if picojoules >= unit[0]), units[-1])
 
 
 def deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean minus and plus the sample deviation."""
+    """Return the mean minus and plus the sample deviation."""
     mean, half = statistics.mean(values), statistics.stdev(values)
     return mean - half, mean + half
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the mean (Student's t); ``None`` of fewer than two values."""
+    """Return the 95 % confidence interval of the mean (Student's t); ``None`` for fewer than two values."""
     if len(values) < 2:
         return None
     from scipy.stats import t
@@ -213,13 +213,13 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def distance_columns(columns: Sequence[str] | Mapping[str, object]) -> list[str]:
-    """Columns that hold distances of attention maps; that of flat maps is the last."""
+    """Return the columns that hold distances of attention maps; that of flat maps is the last."""
     found = [n for n in columns if n.startswith(("attention_", "distance_")) and not n.endswith("_alpha")]
     return sorted(found, key=lambda name: name.endswith("_flat"))
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Short labels of layers: without the last part where all share it, cut in the middle where long."""
+    """Shorten names of layers: drop a last part that all share, and cut long ones in the middle."""
     parts = [name.split(".") for name in names]
     while len(names) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
         parts = [part[:-1] for part in parts]
@@ -227,20 +227,20 @@ def layer_labels(names: Sequence[str]) -> list[str]:
 
 
 def plain(text: str, most: int = 44) -> str:
-    """A name as matplotlib shows it: no formula, not hidden for its first letter, cut where too long."""
+    """Escape a name for matplotlib (formulas, a leading underscore), and cut it where it is too long."""
     half = (most - 1) // 2
     text = text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def column(rows: Sequence[Mapping[str, float | None]], x: str, y: str) -> Curve:
-    """Two columns of rows, where both have a number."""
+    """Return two columns of rows, where both have a number."""
     points = [(row.get(x), row.get(y)) for row in rows]
     points = [(a, b) for a, b in points if a is not None and b is not None]
     return [a for a, _ in points], [b for _, b in points]
 
 
 def _thinned(values: Sequence[float]) -> np.ndarray:
-    """Values of a curve, evenly fewer where they are more than can be seen; the last stays."""
+    """Thin a curve of more values than can be seen, evenly; the last value stays."""
     chosen = np.linspace(0, len(values) - 1, min(len(values), MOST_POINTS)).round().astype(int)
     return np.asarray(values, dtype=float)[chosen]

@@ -1,4 +1,4 @@
-"""Figures as they stand in the page: SVG that follows the page's colours, and PNG files beside it."""
+"""Conversion of figures to SVG in the page's colours and to PNG files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Picture:
     Attributes:
         name: of the PNG file.
         title: heading.
-        alt: description for those who do not see it.
+        alt: description for screen readers.
         svg: an ``<svg>`` element.
         png: the file.
     """
@@ -47,7 +47,7 @@ def picture(figure: Figure, name: str, title: str, alt: str) -> Picture:
 
 
 def file(figure: Figure, title: str) -> bytes:
-    """A figure with its title as a PNG file."""
+    """Render a figure with its title as a PNG file."""
     pixels = io.BytesIO()
     figure.suptitle(plain(title, 60), fontsize=10.5, color=COLOURS["ink"][0])
     figure.savefig(pixels, format="png", dpi=160, facecolor="white")
@@ -55,7 +55,7 @@ def file(figure: Figure, title: str) -> bytes:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Colours ``[H, W, 3]`` as a PNG file."""
+    """Encode colours ``[H, W, 3]`` as a PNG file."""
     from PIL import Image
 
     written = io.BytesIO()
@@ -64,7 +64,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
-    """A file of matplotlib as an element of a page: the page's colours and font, ids of its own."""
+    """Turn a file of matplotlib into an element of the page: its colours and font, unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)

@@ -37,7 +37,7 @@ Column = tuple[str, Callable[[Series], str]]
 
 
 def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
-    """Accuracy and cost of every part, and its gains; then what is looked up less often."""
+    """Tables of accuracy, gains and cost, the main one first; bars of accuracy and gains."""
     seeds = max((len(line.parts) for line in series), default=0)
     mean = "" if seeds < 2 else f", mean ± deviation of {seeds} seeds"
     kinds = {line.kind for line in series}
@@ -102,7 +102,7 @@ def _of_run(series: Series, name: str) -> float | None:
 
 
 def _table(caption: str, series: Sequence[Series], columns: Sequence[Column]) -> Table:
-    """Rows and columns that hold anything."""
+    """Make a table of the rows and columns that hold anything."""
     rows = [[line.label, *(cell(line) for _, cell in columns)] for line in series]
     rows = [row for row in rows if any(row[1:])]
     used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
@@ -111,8 +111,7 @@ def _table(caption: str, series: Sequence[Series], columns: Sequence[Column]) ->
 
 
 def curves(series: Sequence[Series]) -> list[tuple[str, list[Picture]]]:
-    """Columns of the metrics over the epochs, the students' apart from the ANNs'; where no two epochs are
-    done, over the steps."""
+    """Curves of the metrics, the students' apart from the ANNs'; over the steps where one epoch is done."""
     found = []
     for title, name, student in (("Students", "student", True), ("Teacher and ANN", "ann", False)):
         # the others keep their colours

@@ -1,4 +1,4 @@
-"""Run folders as plain values; whatever is not there or damaged becomes a note that names the file."""
+"""Read run folders into plain values; a missing or damaged file becomes a note that names it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Part:
 
     @property
     def title(self) -> str:
-        """The kind in words."""
+        """Name of the kind in words."""
         if self.kind.startswith("sparse_"):
             return f"sparse-KD, pruned {self.kind.removeprefix('sparse_')}"
         return TITLES.get(self.kind, self.kind)
@@ -138,7 +138,7 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or ``None``."""
+    """Return a finite number, or ``None``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -148,23 +148,23 @@ def number(value: object) -> float | None:
 
 
 def numbers(value: object) -> list[float]:
-    """A list of finite numbers, or an empty one where anything in it is not."""
+    """Return a list of finite numbers; an empty one if anything else is in it."""
     found = [number(item) for item in value] if isinstance(value, list) else []
     return [] if None in found else found
 
 
 def records(value: object) -> list[dict]:
-    """The objects of a list of objects."""
+    """Return the objects in a list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def record(value: object) -> dict:
-    """An object, an empty one where there is none."""
+    """Return an object; an empty one if the value is something else."""
     return value if isinstance(value, dict) else {}
 
 
 def flat(settings: Mapping, prefix: str = "") -> dict[str, str]:
-    """Settings as one level of text, names of nested ones joined by dots."""
+    """Flatten settings to text; names of nested ones are joined by dots."""
     found = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -248,7 +248,7 @@ def _check_inspection(part: Part, name: str, notes: list[str]) -> None:
 
 
 def _said_to_be_absent(key: str, inspection: Mapping) -> bool:
-    """Whether the inspection itself says that there is nothing of this."""
+    """Return whether the inspection itself says that it has nothing of this."""
     nothing = {"levels": [], "top1_over_time": None}
     return key in inspection and key in nothing and inspection[key] == nothing[key]
 
@@ -365,7 +365,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _runs_in(path: Path, below: int = 2) -> list[Path]:
-    """The folder itself if it is a run, else the runs in it; trainings side by side are one run."""
+    """Return the folder itself if it is a run, else the runs in it; trainings side by side are one run."""
     if _is_part(path) or (path / "recipe.json").exists():
         return [path]
     inside = _folders(path)
@@ -375,7 +375,7 @@ def _runs_in(path: Path, below: int = 2) -> list[Path]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest ends of the paths that tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]

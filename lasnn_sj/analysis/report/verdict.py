@@ -80,7 +80,7 @@ def subtitle_of(runs: Sequence[Run], series: Sequence[Series]) -> str:
 
 
 def verdict_of(series: Sequence[Series]) -> Verdict:
-    """The best finished student, or how far the trainings are."""
+    """Summarize the best finished student, or how far the trainings are."""
     main, of = main_series(series)
     if main is None:
         return _unfinished(series)
@@ -116,7 +116,7 @@ def verdict_of(series: Sequence[Series]) -> Verdict:
 
 
 def main_series(series: Sequence[Series]) -> tuple[Series | None, int]:
-    """The series that the page is about, and among how many it is the best."""
+    """Return the series that the page is about, and the number of series it is the best of."""
     finished = [line for line in series if line.values(top1)]
     trained = [line for line in finished if line.is_student and line.kind not in NOT_TRAINED]
     methods = [line for line in trained if line.kind not in BASELINES]
