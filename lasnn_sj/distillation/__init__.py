@@ -8,6 +8,7 @@ from .attention import (
     spike_activation_map,
     spike_map,
 )
+from .features import BKD, KDSNN, SAMD, RelationalKD, StableSpike
 from .logits import DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD, SparseKD, default_kd, sparse_kd
 from .objective import CrossEntropy, Look, Needs, Objective, Signals, Sum, weight_at
 from .objective import parse_objective as _parse
@@ -27,7 +28,10 @@ from .temporal import (
 )
 
 __all__ = [
+    "BKD",
     "DIST",
+    "KDSNN",
+    "SAMD",
     "TKS",
     "TPD",
     "Attention",
@@ -42,10 +46,12 @@ __all__ = [
     "Objective",
     "Pair",
     "PerStepCE",
+    "RelationalKD",
     "SeAlKD",
     "Signals",
     "SparseKD",
     "SpikeKD",
+    "StableSpike",
     "StudentTaps",
     "Sum",
     "Synergy",
@@ -78,6 +84,7 @@ def parse_objective(text: str) -> Objective:
         ValueError: anything else; no code is run.
     """
     known = (
+        BKD, KDSNN, SAMD, RelationalKD, StableSpike,
         Attention, CrossEntropy, DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD,
         EntropyRegularization, PerStepCE, SeAlKD, Synergy, TKS, TPD, TemporalKD,
     )  # fmt: skip

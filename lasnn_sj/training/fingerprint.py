@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ..distillation.features import LateWeights
 from ..runtime import random_state
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def optimiser(optimizer: Optimizer) -> dict[str, object]:
     for group in optimizer.param_groups:
         own = {name: describe(value) for name, value in group.items() if name != "params"}
         own["lr"] = describe(own.pop("initial_lr", own["lr"]))  # a scheduler moves the other
-        groups.append(own | {"parameters": sum(p.numel() for p in group["params"])})
+        count = sum(p.numel() for p in group["params"] if not getattr(p, "late", False))
+        groups.append(own | {"parameters": count})
     return {"class": type(optimizer).__name__, "groups": groups}
 
 
@@ -152,6 +154,8 @@ def describe(value: object, depth: int = 0) -> object:
         return value
     if depth > DEEPEST:
         return type(value).__name__
+    if isinstance(value, LateWeights):  # shapes follow from the networks, once they have been seen
+        return _fields(value, depth)
     if isinstance(value, nn.Module):
         own = _fields(value, depth)
         return own | {k: v for k, v in network(value, layers=False, initial=False).items() if k not in own}

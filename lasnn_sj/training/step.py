@@ -312,6 +312,8 @@ class TrainingStep:
         if distributed.world_size() > 1:
             unused = distributed.any_of([self._has_unused(encoded)], trainer.device)[0]
             forward = DistributedDataParallel(forward, find_unused_parameters=unused)
+            for parameter in own_parameters(trainer.objective):
+                distributed.take_from_main(parameter.data)
         self._accumulated = resolve_readout(student, "auto") == "last"
         self._forward, self.num_classes = forward, num_classes
         self._prepared_for = trainer.objective

@@ -14,6 +14,7 @@ from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
@@ -536,5 +537,7 @@ def _place(module: nn.Module, device: torch.device) -> None:
     """Bring a network to a device; its convolutions' weights in the order in which they are faster."""
     module.to(device)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.dim() == 4:  # module.to does so too, but refuses a tensor of five dimensions
+        if (
+            not is_lazy(tensor) and tensor.dim() == 4
+        ):  # module.to does so too, but refuses a tensor of five dimensions
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
