@@ -37,7 +37,6 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from lasnn_sj import LaSNNTrainer, PoissonEncoder, models
-from lasnn_sj.neurons import disable_malloc_trim
 
 THRESHOLD = 0.4  # of every layer: fires at a rate of some percent
 PLAIN, OURS, GRADIENT = "plain SpikingJelly 2", "lasnn_sj", "lasnn_sj, gradient attention"
@@ -168,6 +167,13 @@ def our_step(case: Case) -> Callable[[], object]:
     return lambda: trainer.train_step(x, y)
 
 
+def keep_memory() -> None:
+    """Let the process reuse freed memory."""
+    from lasnn_sj.neurons import disable_malloc_trim  # not in every checkout that is measured
+
+    disable_malloc_trim()
+
+
 def images(case: Case) -> tuple[Tensor, Tensor]:
     """A batch in [-1, 1] and its labels."""
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +219,7 @@ def serve(settings: dict) -> None:
     threads, keep = settings.pop("threads"), settings.pop("keep")
     torch.set_num_threads(threads)
     if keep:
-        disable_malloc_trim()
+        keep_memory()
     case = Case(**settings)
     step, answers = make(case), sys.stdout
     sys.stdout = sys.stderr
@@ -235,7 +241,7 @@ def print_memory(case: Case, keep: bool) -> None:
     # late imports do not belong to the step: a tiny step makes them all happen first
     make(Case(case.side, T=2, batch=2, width=0.05))()
     if keep:
-        disable_malloc_trim()
+        keep_memory()
     before = peak_mib()
     step = make(case)
     for _ in range(3):
@@ -362,7 +368,7 @@ def main() -> None:
     if a.against is not None and a.device == "cuda":
         parser.error("--against is for the CPU")
     if a.keep_memory:
-        disable_malloc_trim()
+        keep_memory()
     about = common.machine(a.device)
     print("; ".join(about.values()), flush=True)
     rows: list[dict] = []
