@@ -257,7 +257,7 @@ class DecoupledKD(Objective):
         sure = [self._label_or_not(z / tau, label) for z in (teacher, signals.scores)]
         others = [z[~label].view(len(z), -1) for z in (teacher, signals.scores)]
         tckd = (sure[0].exp() * (sure[0] - sure[1])).sum(1).mean()
-        nckd = divergence(*others, tau).mean()
+        nckd = divergence(others[0], others[1], tau).mean()
         return {"target_kd": self.alpha * tau**2 * tckd, "other_kd": self.beta * tau**2 * nckd}
 
     @staticmethod
