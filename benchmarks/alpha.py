@@ -19,7 +19,7 @@ import tyro
 
 from lasnn_sj.experiments import scales
 from lasnn_sj.experiments.pipeline import Pipeline
-from lasnn_sj.experiments.run import Place
+from lasnn_sj.experiments.run import TableRunner
 from lasnn_sj.experiments.tables import TABLES
 from lasnn_sj.neurons import disable_malloc_trim
 
@@ -62,7 +62,7 @@ def main(run: Run) -> None:
     """Train, then tell."""
     disable_malloc_trim()
     row = next(row for row in TABLES["II"].rows if row.name == ROW)
-    place = Place("small", run.root, run.run_dir / "small", run.teacher_checkpoint, "cpu")
+    place = TableRunner("small", run.root, run.run_dir / "small", run.teacher_checkpoint, "cpu")
     jobs = {"none (hybrid)": ("hybrid", None)} | {f"{alpha:g}": ("lasnn", alpha) for alpha in run.alphas}
     found = {job: [] for job in jobs}
     for seed in range(run.seeds):

@@ -1,8 +1,21 @@
 """The stages of both papers, their tables and figures, and runs from configuration files."""
 
-from .pipeline import Pipeline, Recipe
-from .reverse import Study
+from .compare import Comparison
+from .pipeline import Pipeline
+from .recipes import Recipe, ReverseRecipe
+from .reverse import ReversePipeline
 from .run import ExperimentError, reproduce
 from .tables import TABLES, Row, Table
 
-__all__ = ["TABLES", "ExperimentError", "Pipeline", "Recipe", "Row", "Study", "Table", "reproduce"]
+__all__ = [
+    "TABLES",
+    "Comparison",
+    "ExperimentError",
+    "Pipeline",
+    "Recipe",
+    "ReversePipeline",
+    "ReverseRecipe",
+    "Row",
+    "Table",
+    "reproduce",
+]

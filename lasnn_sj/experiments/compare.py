@@ -23,23 +23,27 @@ from tyro.conf import Suppress
 
 from .. import models
 from ..analysis.inspection import environment
+from ..analysis.stages import STAGES
 from ..data import images as data
 from ..data.images import ImageData
 from ..distillation import Objective, parse_objective
 from ..runtime.files import check_settings, write
 from . import config, pipeline, runs, text
 from .jobs import default_processes, run_jobs
+from .recipes import Recipe
 from .run import ExperimentError
+from .runner import folder_name
 
 log = logging.getLogger(__name__)
 
 START = "start (not trained)"
+NOT_ROWS = tuple(name for name, stage in STAGES.items() if not stage.trained)
 Results = Mapping[str, Mapping[int, Mapping]]  # by row and seed
 COLUMNS = ("top1", "loss", "samples", "spikes_per_neuron", "seconds_per_epoch", "peak_memory_mib", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(runs.Run):
+class Comparison(runs.Experiment):
     """Objectives compared: each row trains one student from one start, seed by seed.
 
     A seed draws the training images, their order, augmentation and dropout; the start (conversion and
@@ -67,7 +71,7 @@ class Comparison(runs.Run):
 
     method: ClassVar[str] = "compare"
 
-    recipe: pipeline.Recipe
+    recipe: Recipe
     rows: Suppress[dict[str, str]]
     baseline: str
     gains: Suppress[dict[str, str]] = field(default_factory=dict)
@@ -90,8 +94,8 @@ class Comparison(runs.Run):
         folders: dict[str, str] = {}
         for row in self.rows:
             self.objective(row)
-            other = folders.setdefault(pipeline.folder_name(row).casefold(), row)
-            if other != row or pipeline.folder_name(row) in (*pipeline.UNTRAINED, ""):
+            other = folders.setdefault(folder_name(row).casefold(), row)
+            if other != row or folder_name(row) in (*NOT_ROWS, ""):
                 raise ValueError(f"rows: {row!r} needs another name, its folder's would be taken")
         for key, name in (("baseline", self.baseline), *(("gains", n) for n in self.gains.items())):
             for row in (name,) if isinstance(name, str) else name:
@@ -154,7 +158,7 @@ class Comparison(runs.Run):
         """Results that are there, by row and seed."""
         found: dict[str, dict[int, Mapping]] = {}
         for row in (START, *self.rows):
-            name = "start" if row == START else pipeline.folder_name(row)
+            name = "start" if row == START else folder_name(row)
             paths = {seed: self.run_dir / f"seed{seed}" / name / "result.json" for seed in self.seeds}
             found[row] = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
         return found
@@ -245,7 +249,7 @@ class Comparison(runs.Run):
         return list(self.rows)
 
     def _row(self, folder: str) -> str | None:
-        return next((row for row in self.rows if pipeline.folder_name(row) == folder), None)
+        return next((row for row in self.rows if folder_name(row) == folder), None)
 
     def _write(self) -> str:
         """Write the table with what is finished: ``table.md``, ``.csv``, ``_curves.csv`` and ``.png``."""

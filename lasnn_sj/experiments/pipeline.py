@@ -4,136 +4,44 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
-from torch.utils.data import DataLoader
 
 from .. import models
 from ..analysis import inspection
 from ..analysis.spikes import spike_statistics
+from ..analysis.stages import STAGES
 from ..conversion.calibration import calibrate
 from ..conversion.convert import balance_thresholds, convert, scale_output
 from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..data.images import ImageData
 from ..distillation import Attention, CrossEntropy, LabelKD, Objective, SpikeKD
 from ..neurons import LinearSurrogate, TimeLoopNode
-from ..runtime import distributed, files, random_state
-from ..runtime.cost import Cost
+from ..runtime import files, random_state
 from ..runtime.files import check_settings
-from ..runtime.locks import FolderLock
 from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.evaluation import evaluate
 from ..training.options import TrainingOptions
 from ..training.trainer import Trainer
+from . import text
+from .recipes import Recipe
+from .runner import Runner, folder_name
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32  # time steps of an evaluation in memory at once
-STAGES = ("teacher", "ann", "converted", "converted_10T", "start", "hybrid", "lasnn")
-UNTRAINED = ("teacher", "ann", "converted", "converted_10T", "calibrated", "start")
-NEEDS = {
-    "converted": "ann", "converted_10T": "converted", "calibrated": "ann", "start": "converted",
-    "hybrid": "start", "label_kd": "start", "spike_kd": "start", "lasnn": "start",
-}  # fmt: skip
-TITLES = {
-    "teacher": "teacher",
-    "ann": "intermediate ANN",
-    "converted": "converted, T = {T}",
-    "converted_10T": "converted, T = {T10}",
-    "calibrated": "calibrated, T = {T}",
-    "start": "thresholds x {scale}, T = {T}",
-    "hybrid": "hybrid (CE only), T = {T}",
-    "label_kd": "label distillation, T = {T}",
-    "spike_kd": "spike-based KD (approximation), T = {T}",
-    "lasnn": "LaSNN, T = {T}",
-}
+DEFAULT = tuple(name for name, stage in STAGES.items() if not stage.extra)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One LaSNN run, with the paper's settings as defaults.
-
-    Attributes:
-        student: network of :mod:`lasnn_sj.models`, as intermediate ANN and as SNN.
-        width: factor of the student's channels.
-        T: time steps of training and inference.
-        encoding: ``"poisson"`` or ``"direct"``.
-        attention: ``"activation"`` or ``"gradient"``.
-        alpha: weight of the attention loss.
-        leak: factor of the potential per time step (Eq. 1); 1 is no leak.
-        gamma: height of the surrogate (Eq. 15).
-        dropout: dropout probability of the student, as ANN and as SNN.
-        teacher: ``"resnet20"``, ``"vgg16"`` or ``"densenet121"`` in CIFAR form.
-        teacher_width: factor of the teacher's channels (not of DenseNet121's).
-        teacher_epochs: of stage 1, the teacher's training by SGD.
-        teacher_lr: learning rate of stage 1, a tenth after 60, 80 and 90 % of the epochs.
-        teacher_batch: images of a training step in stage 1.
-        ann_epochs: of stage 2, the intermediate ANN's training by SGD.
-        ann_lr: learning rate of stage 2, falling as stage 1's.
-        ann_batch: images of a training step in stage 2.
-        calibration_images: how many threshold balancing sees.
-        calibration_steps: time steps of threshold balancing.
-        threshold_statistic: ``"max"`` or a percentile.
-        threshold_scale: factor of the thresholds for stage 3 (the converted SNN itself has factor 1).
-        output_scale: multiply the output layer's weights by one factor before stage 3, so that its loss
-            begins low; see :func:`~lasnn_sj.conversion.scale_output`.
-        epochs: of stage 3, the student's training by Adam; the baselines that train have the same.
-        lr: learning rate of stage 3 in its first epoch.
-        lr_schedule: learning rate over the epochs of stage 3: ``"constant"`` as in the paper, ``"linear"``
-            (``1 - e / E`` of it in epoch ``e`` of ``E``, from 0 on) or ``"cosine"``.
-        batch: images of a training step in stage 3.
-        weight_decay: of stage 3.
-        precision: of convolutions and linear layers in stage 3.
-        validate_every: epochs between evaluations on the validation images, in every stage that trains.
-        seed: of weights, order of the images, codes and dropout.
-        workers: processes that load images.
-    """
-
-    student: str = "vgg5"
-    width: float = 1.0
-    T: int = 100
-    encoding: Literal["poisson", "direct"] = "poisson"
-    attention: Literal["activation", "gradient"] = "activation"
-    alpha: float = 0.9
-    leak: float = 0.99
-    gamma: float = 0.3
-    dropout: float = 0.2
-    teacher: Literal["resnet20", "vgg16", "densenet121"] = "resnet20"
-    teacher_width: float = 1.0
-    teacher_epochs: int = 300
-    teacher_lr: float = 0.01
-    teacher_batch: int = 256
-    ann_epochs: int = 200
-    ann_lr: float = 0.01
-    ann_batch: int = 256
-    calibration_images: int = 512
-    calibration_steps: int = 2500
-    threshold_statistic: Literal["max"] | float = "max"
-    threshold_scale: float = 0.7
-    output_scale: bool = False
-    epochs: int = 100
-    lr: float = 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    batch: int = 16
-    weight_decay: float = 5e-4
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    validate_every: int = 1
-    seed: int = 0
-    workers: int = 0
-
-
-class Pipeline:
-    """Runs a recipe's stages in a run folder.
+class Pipeline(Runner):
+    """Run a recipe's stages in a run folder.
 
     Args:
         recipe: the description.
@@ -147,10 +55,10 @@ class Pipeline:
         snn_teacher: what teaches in the stage ``"spike_kd"``, a trained SNN for the recipe's encoding.
         device: where to run.
 
-    The stages are those of :data:`STAGES`, which :meth:`run` runs by itself, and the baselines
-    ``"calibrated"`` (:func:`~lasnn_sj.conversion.calibration.calibrate`, at the recipe's ``T``),
-    ``"label_kd"`` (:class:`~lasnn_sj.distillation.objectives.LabelKD`) and ``"spike_kd"``
-    (:class:`~lasnn_sj.distillation.objectives.SpikeKD`), which have to be named.
+    The stages are those of :data:`~lasnn_sj.analysis.stages.STAGES`; the baselines ``"calibrated"``
+    (:func:`~lasnn_sj.conversion.calibrate`, at the recipe's ``T``), ``"label_kd"``
+    (:class:`~lasnn_sj.distillation.LabelKD`) and ``"spike_kd"`` (:class:`~lasnn_sj.distillation.SpikeKD`)
+    have to be named.
 
     Raises:
         ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
@@ -167,36 +75,28 @@ class Pipeline:
         snn_teacher: nn.Module | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        distributed.refuse("Pipeline")
-        self.recipe, self.data, self.device = recipe, data, torch.device(device)
-        self.run_dir = Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.run_dir)
+        counted = {
+            "data": data.name,
+            "train_images": len(data.train),
+            "test_images": len(data.test),
+            "validation_images": 0 if data.validation is None else len(data.validation),
+            "given_ann": ann is not None,
+        }
+        super().__init__(recipe, data, run_dir, device, asdict(recipe) | counted)
         self._given, self._ann, self._snn_teacher = (
             None if net is None else net.to(self.device) for net in (teacher, ann, snn_teacher)
         )
-        check_settings(
-            self.run_dir / "recipe.json",
-            asdict(recipe)
-            | {
-                "data": data.name,
-                "train_images": len(data.train),
-                "test_images": len(data.test),
-                "validation_images": 0 if data.validation is None else len(data.validation),
-                "given_ann": ann is not None,
-            },
-        )
 
-    def run(self, stages: Sequence[str] = STAGES) -> dict[str, dict[str, float]]:
+    def run(self, stages: Sequence[str] = DEFAULT) -> dict[str, dict[str, float]]:
         """Results of the stages by name.
 
         Each has ``top1`` in percent, ``loss``, ``samples``, ``seconds`` (of the process that finished it)
         and ``peak_memory_mib``; a trained one ``seconds_per_epoch``; an SNN ``top1_over_time`` (after 1,
         2, ..., ``T`` steps), ``spikes_per_neuron`` and, by layer, ``spikes``.
         """
-        unknown = [stage for stage in stages if stage not in TITLES]
+        unknown = [stage for stage in stages if stage not in STAGES]
         if unknown:
-            raise ValueError(f"stages must be among {', '.join(TITLES)}, got {', '.join(unknown)}")
+            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
         return {stage: self._stage(stage) for stage in stages}
 
     def encoder(self, T: int | None = None) -> nn.Module:
@@ -221,7 +121,7 @@ class Pipeline:
             return self._ann
         if stage in ("converted", "start"):
             self._make(stage)
-        elif stage in TITLES:
+        elif stage in STAGES:
             self._stage(stage)
         net = self._build_ann()
         return self._load(stage, net if stage == "ann" else self._to_snn(net))
@@ -240,85 +140,85 @@ class Pipeline:
             ValueError: the name is that of a stage before the training, or the folder has a row of another
                 objective.
         """
-        if folder_name(row) in UNTRAINED:
+        stage = STAGES.get(folder_name(row))
+        if stage is not None and not stage.trained:
             raise ValueError(f"{row!r} is the name of another stage; call the row something else")
         folder = self.run_dir / folder_name(row)
         folder.mkdir(exist_ok=True)
         check_settings(folder / "objective.json", {"objective": repr(objective)})
-        path = files.inside(self.run_dir, f"{folder.name}/result.json")
-        result = files.read_json(path)
-        if result is None:
+
+        def prepare() -> None:
             self._make("start")
-            teacher = self.teacher() if objective.needs_teacher else None
-            # The trainer locks the row's folder: other rows may be trained by other processes.
-            result = self._measure(path, lambda folder: self._train_snn(folder, objective, teacher))
-        return result
+            if objective.needs_teacher:
+                self.teacher()
+
+        def run(folder: Path) -> dict[str, float]:
+            return self._train_snn(folder, objective, self.teacher() if objective.needs_teacher else None)
+
+        # The trainer locks the row's folder: other rows may be trained by other processes.
+        return self._result(row, run, prepare, whole_folder=False)
 
     def _stage(self, stage: str) -> dict[str, float]:
-        path = files.inside(self.run_dir, f"{stage}/result.json")
-        result = files.read_json(path)
-        if result is None:
-            with self._lock:
-                self._prepare(stage)
-                path.parent.mkdir(exist_ok=True)
-                result = self._measure(path, getattr(self, f"_run_{stage}"))
-        return result
-
-    def _measure(self, path: Path, run: Callable[[Path], dict]) -> dict:
-        """Run a stage or row and write its result."""
-        log.info("%s of %s", path.parent.name, self.run_dir)
-        # What a stage gives must not depend on which others this process has run: calibration images are
-        # augmented.
-        random_state.seed_everything(self.recipe.seed)
-        with Cost(self.device) as cost:
-            result = run(path.parent)
-        result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
-        files.write_json(path, result)
-        return result
+        return self._result(stage, lambda folder: self._run(stage, folder), lambda: self._prepare(stage))
 
     def _prepare(self, stage: str) -> None:
         """Make what a stage needs first: its time is its own."""
-        if stage == "spike_kd" and self._snn_teacher is None:
-            raise ValueError("the stage spike_kd needs an SNN that teaches: give Pipeline an snn_teacher")
-        needed = NEEDS.get(stage)
-        if needed == "ann" and self._ann is None:
+        needs, teacher = STAGES[stage].needs, STAGES[stage].teacher
+        if teacher == "snn" and self._snn_teacher is None:
+            raise ValueError(f"the stage {stage} needs an SNN that teaches: give Pipeline an snn_teacher")
+        if needs == "ann" and self._ann is None:
             self._stage("ann")
-        elif needed not in (None, "ann"):
-            self._make(needed)
-        if stage in ("label_kd", "lasnn") and self._given is None:
+        elif needs not in (None, "ann"):
+            self._make(needs)
+        if teacher == "ann" and self._given is None:
             self._stage("teacher")
+
+    def _run(self, stage: str, folder: Path) -> dict[str, float]:
+        """Do a stage's work; its network is saved in its folder."""
+        r = self.recipe
+        match stage:
+            case "teacher" if self._given is not None:
+                return evaluate(self._given, self._test(r.teacher_batch), device=self.device)
+            case "teacher":
+                net = self._build_teacher()
+                return self._train_ann(net, folder, r.teacher_epochs, r.teacher_lr, r.teacher_batch)
+            case "ann" if self._ann is not None:
+                return evaluate(self._ann, self._test(r.ann_batch), device=self.device)
+            case "ann":
+                return self._train_ann(self._build_ann(), folder, r.ann_epochs, r.ann_lr, r.ann_batch)
+            case "calibrated":
+                images, _ = self._calibration_batch()
+                return self._examine(calibrate(self.student("ann"), images, self.encoder(), progress=True))
+            case "converted" | "converted_10T" | "start":
+                made = "converted" if stage == "converted_10T" else stage
+                return self._examine(self.student(made), STAGES[stage].steps * r.T)
+            case "hybrid":
+                return self._train_snn(folder, CrossEntropy())
+            case "label_kd":
+                return self._train_snn(folder, LabelKD(), self.teacher())
+            case "spike_kd":
+                return self._train_snn(folder, SpikeKD(self._snn_teacher))
+        objective = CrossEntropy() + Attention(r.attention, alpha=r.alpha)
+        return self._train_snn(folder, objective, self.teacher())
 
     def _make(self, stage: str) -> None:
         """Make the network of ``"converted"`` or ``"start"``, where its weights are not there yet."""
-        path, r = files.inside(self.run_dir, stage) / "weights.safetensors", self.recipe
+        path = files.inside(self.run_dir, stage) / "weights.safetensors"
         if path.exists():
             return
         with self._lock:
             before = self.student("converted" if stage == "start" else "ann")
             path.parent.mkdir(exist_ok=True)
-            random_state.seed_everything(r.seed)
-            loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
-            images, labels = (tensor.to(self.device) for tensor in next(iter(loader)))
+            random_state.seed_everything(self.recipe.seed)
+            images, labels = self._calibration_batch()
             make = self._make_converted if stage == "converted" else self._make_start
             save_weights(path, make(before, images, labels, path.parent))
 
-    def _run_teacher(self, folder: Path) -> dict[str, float]:
+    def _calibration_batch(self) -> tuple[Tensor, Tensor]:
         r = self.recipe
-        if self._given is not None:
-            return evaluate(self._given, self._test(r.teacher_batch), device=self.device)
-        net = self._build_teacher()
-        result = self._train_ann(net, folder, r.teacher_epochs, r.teacher_lr, r.teacher_batch)
-        self._keep(folder, net)
-        return result
-
-    def _run_ann(self, folder: Path) -> dict[str, float]:
-        r = self.recipe
-        if self._ann is not None:
-            return evaluate(self._ann, self._test(r.ann_batch), device=self.device)
-        net = self._build_ann()
-        result = self._train_ann(net, folder, r.ann_epochs, r.ann_lr, r.ann_batch)
-        self._keep(folder, net)
-        return result
+        loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
+        images, labels = next(iter(loader))
+        return images.to(self.device), labels.to(self.device)
 
     def _make_converted(self, ann: nn.Module, images: Tensor, labels: Tensor, folder: Path) -> nn.Module:
         r, snn = self.recipe, self._to_snn(ann)
@@ -343,42 +243,12 @@ class Pipeline:
             log.info("output of %s times %.4g", folder, factor)
         return snn
 
-    def _run_converted(self, folder: Path) -> dict[str, float]:
-        return self._examine(self.student("converted"))
-
-    def _run_converted_10T(self, folder: Path) -> dict[str, float]:
-        return self._examine(self.student("converted"), 10 * self.recipe.T)
-
-    def _run_calibrated(self, folder: Path) -> dict[str, float]:
-        r = self.recipe
-        loader, _ = self.data.loaders(r.calibration_images, r.workers, seed=r.seed)
-        images = next(iter(loader))[0].to(self.device)
-        snn = calibrate(self.student("ann"), images, self.encoder(), progress=True)
-        return self._examine(snn)
-
-    def _run_start(self, folder: Path) -> dict[str, float]:
-        return self._examine(self.student("start"))
-
-    def _run_hybrid(self, folder: Path) -> dict[str, float]:
-        return self._train_snn(folder, CrossEntropy())
-
-    def _run_label_kd(self, folder: Path) -> dict[str, float]:
-        return self._train_snn(folder, LabelKD(), self.teacher())
-
-    def _run_spike_kd(self, folder: Path) -> dict[str, float]:
-        return self._train_snn(folder, SpikeKD(self._snn_teacher))
-
-    def _run_lasnn(self, folder: Path) -> dict[str, float]:
-        objective = CrossEntropy() + Attention(self.recipe.attention, alpha=self.recipe.alpha)
-        return self._train_snn(folder, objective, self.teacher())
-
     def _train_snn(
         self, folder: Path, objective: Objective, teacher: nn.Module | None = None
     ) -> dict[str, float]:
         r = self.recipe
         check_settings(folder / "objective.json", {"objective": repr(objective)})
         snn = self.student("start")
-        train, validation = self._training(r.batch)
         optimizer = Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay)
         trainer = Trainer(
             snn,
@@ -392,18 +262,9 @@ class Pipeline:
             seed=r.seed,
             options=TrainingOptions(precision=r.precision),
         )
-        history = trainer.fit(train, validation, r.epochs, r.validate_every)
-        self._keep(folder, snn)
+        cost = self._fit(trainer, r.epochs, r.batch)
         trainer.encoder = self.encoder()  # codes that whoever evaluates the kept network has too
-        return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | _per_epoch(history)
-
-    def _training(self, batch: int) -> tuple[DataLoader, DataLoader | None]:
-        """Training batches, and validation batches where images are held out."""
-        train, held = self.data.loaders(batch, self.recipe.workers, seed=self.recipe.seed)
-        return train, None if self.data.validation is None else held
-
-    def _test(self, batch: int) -> DataLoader:
-        return self.data.test_loader(batch, self.recipe.workers)
+        return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | cost
 
     def _examine(self, snn: nn.Module, T: int | None = None) -> dict[str, object]:
         """What is said of an SNN: accuracy after each step, and spikes."""
@@ -415,15 +276,14 @@ class Pipeline:
     def _train_ann(
         self, net: nn.Module, folder: Path, epochs: int, lr: float, batch: int
     ) -> dict[str, float]:
-        train, validation = self._training(batch)
         optimizer = SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         scheduler = MultiStepLR(optimizer, [round(epochs * part) for part in (0.6, 0.8, 0.9)])
         trainer = Trainer(
             net, optimizer=optimizer, scheduler=scheduler, run_dir=folder, device=self.device,
             seed=self.recipe.seed,
         )  # fmt: skip
-        history = trainer.fit(train, validation, epochs, self.recipe.validate_every)
-        return trainer.evaluate(self._test(batch)) | _per_epoch(history)
+        cost = self._fit(trainer, epochs, batch)
+        return trainer.evaluate(self._test(batch)) | cost
 
     def _build_teacher(self) -> nn.Module:
         r, d = self.recipe, self.data
@@ -449,16 +309,12 @@ class Pipeline:
             node.surrogate_function = LinearSurrogate(self.recipe.gamma)
         return snn
 
-    @staticmethod
-    def _keep(folder: Path, net: nn.Module) -> None:
-        save_weights(folder / "weights.safetensors", net)
-
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
         path = self.run_dir / folder_name(stage) / "weights.safetensors"
         try:
             return load_weights(path, net)
         except CheckpointError as error:
-            if stage not in TITLES:
+            if stage not in STAGES:
                 raise
             log.warning("%s; the stage %s is run again", error, stage)
         if stage in ("converted", "start"):
@@ -478,11 +334,6 @@ def build_encoder(recipe: Recipe, device: torch.device | str, T: int | None = No
     return PoissonEncoder(T, torch.Generator(device).manual_seed(recipe.seed))
 
 
-def folder_name(row: str) -> str:
-    """Name of a row's folder: letters, digits, points and dashes, anything else as underscores."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", row).strip("_")
-
-
 def lr_factor(schedule: str, epochs: int, epoch: int) -> float:
     """Factor of the learning rate in an epoch, 0 the first: 1, ``1 - epoch / epochs``, or half a cosine."""
     progress = epoch / epochs
@@ -495,21 +346,12 @@ def _nodes(snn: nn.Module) -> list[TimeLoopNode]:
     return [module for module in snn.modules() if isinstance(module, TimeLoopNode)]
 
 
-def _per_epoch(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {"seconds_per_epoch": statistics.median(row["seconds"] for row in history)}
-
-
 def table(recipe: Recipe, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     """Markdown table of one run, or of several seeds as mean and sample standard deviation."""
     head = "top-1 %" if len(runs) == 1 else f"top-1 %, mean ± deviation of {len(runs)} seeds"
     rows = [("", head, "seconds")]
-    for stage in (stage for stage in TITLES if stage in runs[0]):
-        top1 = [run[stage]["top1"] for run in runs]
-        spread = "" if len(runs) == 1 else f" ± {statistics.stdev(top1):.2f}"
-        seconds = statistics.mean(run[stage]["seconds"] for run in runs)
-        title = TITLES[stage].format(T=recipe.T, T10=10 * recipe.T, scale=recipe.threshold_scale)
-        rows.append((title, f"{statistics.mean(top1):.2f}{spread}", f"{seconds:.0f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
+    for stage in (stage for stage in STAGES if stage in runs[0]):
+        label = STAGES[stage].label(recipe.T)
+        top1 = text.spread([run[stage]["top1"] for run in runs])
+        rows.append((label, top1, text.mean([run[stage]["seconds"] for run in runs], ".0f")))
+    return text.markdown(rows)

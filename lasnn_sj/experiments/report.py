@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ..analysis.stages import STAGES
 from ..runtime import files
-from . import scales
+from . import scales, text
 from .scales import Scale
 from .tables import Row, Table
 
@@ -53,9 +54,6 @@ def markdown(
         lines.append(
             _line(row, scale, [r for (other, _), r in results.items() if other == row], head, reduced)
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    body = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
-    body.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     warning = (
         "**Reduced: these are not the paper's settings, and the difference says nothing about its numbers.** "
         "Compare the rows with each other.\n\n"
@@ -66,14 +64,16 @@ def markdown(
     kind = "Figure" if name.startswith("Fig") else "Table"
     return (
         f"# {kind} {name.removeprefix('Fig')}: {table.title}\n\n"
-        f"{warning}" + "\n".join(body) + f"\n\nScale {scale}; mean ± sample deviation over the seeds; peak "
+        f"{warning}"
+        + text.markdown(lines)
+        + f"\n\nScale {scale}; mean ± sample deviation over the seeds; peak "
         f"memory of the whole process, libraries included, on a CPU; {where}, torch {torch.__version__}.\n"
     )
 
 
 def _line(row: Row, scale: Scale, found: Sequence[Mapping], head: Sequence[str], reduced: bool) -> list[str]:
     settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, 0)
-    T = settings.T if row.reverse else settings.recipe.T * (10 if row.method == "converted_10T" else 1)
+    T = settings.T if row.reverse else settings.recipe.T * STAGES[row.method].steps
     top1 = [r["top1"] for r in found]
     cells = {
         "row": row.name,
@@ -82,31 +82,20 @@ def _line(row: Row, scale: Scale, found: Sequence[Mapping], head: Sequence[str],
         "seeds": str(len(found)),
         "difference": "" if row.paper is None or not top1 else f"{statistics.mean(top1) - row.paper:+.2f}",
         "T": "" if row.method == "ann" else str(T),
-        "s/epoch": _mean(found, "seconds_per_epoch", ".1f"),
-        "peak MiB": _mean(found, "peak_memory_mib", ".0f"),
-        "spikes/neuron": _mean(found, "spikes_per_neuron", ".2f")
+        "s/epoch": text.mean([r.get("seconds_per_epoch") for r in found], ".1f"),
+        "peak MiB": text.mean([r.get("peak_memory_mib") for r in found], ".0f"),
+        "spikes/neuron": text.mean([r.get("spikes_per_neuron") for r in found], ".2f")
         + (f" (paper {row.paper_spikes:g})" if row.paper_spikes else ""),
     }
-    line = [cells.get(column, _spread(top1)) for column in head]
+    line = [cells.get(column, text.spread(top1)) for column in head]
     return [*line, settings.reduced, row.note] if reduced else [*line, row.note]
 
 
 def _teachers(row: Row, found: Sequence[Mapping]) -> str:
     if row.paper_teacher is None:
         return ""
-    return f"{row.paper_teacher:.2f}, {_spread([r['teacher_top1'] for r in found if 'teacher_top1' in r])}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "not run"
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def _mean(found: Sequence[Mapping], key: str, form: str) -> str:
-    values = [r[key] for r in found if r.get(key) is not None]
-    return f"{statistics.mean(values):{form}}" if values else ""
+    ours = text.spread([r["teacher_top1"] for r in found if "teacher_top1" in r])
+    return f"{row.paper_teacher:.2f}, {ours}"
 
 
 def _write_csv(path: Path, scale: Scale, results: Results) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +13,14 @@ import torch
 from torch import nn
 
 from .. import models
+from ..analysis.stages import STAGES
 from ..data import images as data
-from ..neurons import disable_malloc_trim
 from ..runtime.files import check_settings
 from . import report, scales
+from .jobs import run_jobs
 from .pipeline import Pipeline
-from .reverse import Study
+from .reverse import ReversePipeline
+from .runner import folder_name
 from .scales import SCALES, Scale
 from .tables import TABLES, Row, Table
 
@@ -35,7 +35,7 @@ class ExperimentError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class TableRunner:
     """Where and how a table is run; travels to the processes.
 
     Attributes:
@@ -109,20 +109,46 @@ class Place:
         return self._pipeline(row, seed).run([row.method])[row.method]
 
     def _pipeline(self, row: Row, seed: int) -> Pipeline:
-        needs_teacher = row.method in ("label_kd", "lasnn")
-        done = (self.folder(row, seed) / row.method / "result.json").exists()
+        teaches = STAGES[row.method].teacher
+        done = self.finished(row, seed)
         snn_teacher = None
-        if row.method == "spike_kd" and not done:
+        if teaches == "snn" and not done:
             snn_teacher = self._pipeline(snn_teacher_of(row, self.scale), seed).student("hybrid")
         return Pipeline(
             scales.lasnn(row, self.scale, seed).recipe,
             self.images(row),
             self.folder(row, seed),
-            teacher=self.teacher(row) if needs_teacher and not done else None,
+            teacher=self.teacher(row) if teaches == "ann" and not done else None,
             ann=self.ann(row, seed),
             snn_teacher=snn_teacher,
             device=self.device,
         )
+
+    def finished(self, row: Row, seed: int) -> bool:
+        """Whether a row's result is there."""
+        return (self.folder(row, seed) / folder_name(row.method) / "result.json").exists()
+
+    def work(self, job: tuple[str, tuple[Row, ...], int], device: str) -> None:
+        """Train a teacher or intermediate ANN that rows share, or run the rows of one run folder.
+
+        Raises:
+            Exception: the first error of a row, after the others have been run.
+        """
+        what, rows, seed = job
+        here = replace(self, device=device)
+        errors = []
+        for row in rows:
+            try:
+                log.info("%s of %s, seed %d", what, row.name, seed)
+                if what == "rows":
+                    here.run(row, seed)
+                else:
+                    here.teacher(row) if what == "teacher" else here.ann(row, seed)
+            except Exception as error:
+                log.exception("%s of %s, seed %d failed", what, row.name, seed)
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _run_reverse(self, row: Row, seed: int) -> Mapping[str, object]:
         settings = scales.reverse_kd(row, self.scale, seed)
@@ -134,7 +160,7 @@ class Place:
             loaded = self.images(row)
         else:
             loaded = scales.recordings(row.dataset, settings.framing, self.scale == "full", self.root)
-        study = Study(recipe, loaded, self.folder(row, seed), settings.encoder(), self.device)
+        study = ReversePipeline(recipe, loaded, self.folder(row, seed), settings.encoder(), self.device)
         return study.run()[row.method]
 
 
@@ -186,22 +212,22 @@ def reproduce(
     if seeds < 1:
         raise ExperimentError(f"seeds must be at least 1, got {seeds}")
     devices = [device] if device else _devices()
-    place = Place(
+    runner = TableRunner(
         scale,
         Path(root),
         Path(run_dir) / scale,
         None if teacher_checkpoint is None else Path(teacher_checkpoint),
         devices[0],
     )
-    place.run_dir.mkdir(parents=True, exist_ok=True)
-    failed = _run_all(place, chosen, seeds, devices, processes or len(devices))
+    runner.run_dir.mkdir(parents=True, exist_ok=True)
+    failed = _run_all(runner, chosen, seeds, devices, processes or len(devices))
     results: Results = {}
     for row in chosen:
         for seed in range(seeds):
             if (row.name, seed) not in failed:
-                results[row, seed] = place.run(row, seed)
+                results[row, seed] = runner.run(row, seed)
     text = report.write(
-        place.run_dir / f"table_{table}", table, TABLES[table], scale, results, chosen, place.device
+        runner.run_dir / f"table_{table}", table, TABLES[table], scale, results, chosen, runner.device
     )
     if failed:
         listed = "; ".join(f"{name}, seed {seed}: {why}" for (name, seed), why in failed.items())
@@ -247,17 +273,17 @@ def _devices() -> list[str]:
     return [f"cuda:{i}" for i in range(count)] or ["cpu"]
 
 
-def _phases(place: Place, rows: Sequence[Row], seeds: int) -> list[list[tuple[str, list[Row], int]]]:
+def _phases(runner: TableRunner, rows: Sequence[Row], seeds: int) -> list[list[tuple[str, list[Row], int]]]:
     """Jobs ``(what, rows, seed)``; those of a phase need only what earlier phases made.
 
     Rows that share a run folder are one job, so that no two processes write into it.
     """
     first, ours = {}, [row for row in rows if not row.reverse]
-    ours += [snn_teacher_of(row, place.scale) for row in ours if row.method == "spike_kd"]
+    ours += [snn_teacher_of(row, runner.scale) for row in ours if STAGES[row.method].teacher == "snn"]
     for row in ours:
-        if row.method in ("label_kd", "lasnn"):
-            name = scales.lasnn(row, place.scale, 0).recipe.teacher
-            if not place._has_ready(row, name):
+        if STAGES[row.method].teacher == "ann":
+            name = scales.lasnn(row, runner.scale, 0).recipe.teacher
+            if not runner._has_ready(row, name):
                 first[row.dataset, name] = ("teacher", [row], 0)
         for seed in range(seeds):
             first[row.dataset, row.net, seed] = ("ann", [row], seed)
@@ -265,65 +291,18 @@ def _phases(place: Place, rows: Sequence[Row], seeds: int) -> list[list[tuple[st
     third: dict[Path, tuple[str, list[Row], int]] = {}
     for seed in range(seeds):
         for row in dict.fromkeys([*ours, *rows]):
-            phase = third if row.method == "spike_kd" else second
-            phase.setdefault(place.folder(row, seed), ("rows", [], seed))[1].append(row)
+            phase = third if not row.reverse and STAGES[row.method].teacher == "snn" else second
+            phase.setdefault(runner.folder(row, seed), ("rows", [], seed))[1].append(row)
     return [list(jobs.values()) for jobs in (first, second, third) if jobs]
 
 
 def _run_all(
-    place: Place, rows: Sequence[Row], seeds: int, devices: Sequence[str], processes: int
+    runner: TableRunner, rows: Sequence[Row], seeds: int, devices: Sequence[str], processes: int
 ) -> dict[tuple[str, int], str]:
     """Run everything; returns why rows failed, by name and seed."""
     failed: dict[tuple[str, int], str] = {}
-    for jobs in _phases(place, rows, seeds):
-        if processes == 1:
-            for job in jobs:
-                failed |= _work(place, job)
-            continue
-        # not forked: CUDA and thread pools do not survive that
-        context = multiprocessing.get_context("spawn")
-        free = context.Queue()
-        for worker in range(processes):
-            free.put(devices[worker % len(devices)])
-        threads = max(1, torch.get_num_threads() // processes)
-        with ProcessPoolExecutor(
-            processes, context, initializer=_start_worker, initargs=(free, threads)
-        ) as pool:
-            for future in as_completed([pool.submit(_work_on_own_device, place, job) for job in jobs]):
-                failed |= future.result()
-    return failed
-
-
-_device: str = "cpu"  # of a worker process, set once when it starts
-
-
-def _start_worker(free: multiprocessing.Queue, threads: int) -> None:
-    global _device
-    _device = free.get()
-    torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s", datefmt="%H:%M:%S")
-
-
-def _work_on_own_device(place: Place, job: tuple[str, list[Row], int]) -> dict[tuple[str, int], str]:
-    return _work(replace(place, device=_device), job)
-
-
-def _work(place: Place, job: tuple[str, list[Row], int]) -> dict[tuple[str, int], str]:
-    what, rows, seed = job
-    failed = {}
-    if place.device == "cpu":
-        disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
-    for row in rows:
-        try:
-            if what == "teacher":
-                place.teacher(row)
-            elif what == "ann":
-                place.ann(row, seed)
-            else:
-                log.info("%s, seed %d", row.name, seed)
-                place.run(row, seed)
-        except Exception as error:  # one row must not take the others' hours with it
-            log.exception("%s of %s, seed %d failed", what, row.name, seed)
-            if what == "rows":
-                failed[row.name, seed] = f"{type(error).__name__}: {error}"
+    for jobs in _phases(runner, rows, seeds):
+        for (what, chosen, seed), error in run_jobs(runner.work, jobs, devices, processes):
+            if error is not None and what == "rows":
+                failed |= {(row.name, seed): error for row in chosen if not runner.finished(row, seed)}
     return failed

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import models
+from ..analysis.stages import STAGES
 from ..data import events
 from ..data import images as data
 from ..data.encoding import DirectEncoder
@@ -22,10 +23,9 @@ from ..neurons import disable_malloc_trim
 from ..runtime import files
 from ..training.evaluation import evaluate
 from . import config, pipeline, reverse
+from .recipes import Recipe, ReverseRecipe
 
 FILE = "config.yaml"
-# Stages of LaSNN that leave no spiking network.
-NO_STUDENT = ("teacher", "ann", "converted_10T", "calibrated")
 FRACTION = ("lie in [0, 1]", lambda n: 0 <= n <= 1)
 # What would else be refused hours later, by the stage that needs it: names of numbers, bounds, test.
 LIMITS = {
@@ -47,7 +47,7 @@ LASNN_STUDENTS = ("conv3_linear2", "vgg5", "vgg7", "vgg9", "vgg16", "resnet12", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(ABC):
+class Experiment(ABC):
     """A recipe over some seeds; ``run_dir/seed0``, ... hold the parts, ``run_dir/table.md`` the table.
 
     Attributes:
@@ -143,7 +143,7 @@ class Run(ABC):
         """Rows whose trained students the run is about."""
 
     @abstractmethod
-    def part(self, seed: int) -> pipeline.Pipeline | reverse.Study:
+    def part(self, seed: int) -> pipeline.Pipeline | reverse.ReversePipeline:
         """What runs one seed."""
 
     @abstractmethod
@@ -168,7 +168,7 @@ class Run(ABC):
     def _row(self, folder: str) -> str | None:
         """The row whose folder has this name; ``None`` where there is no student in it."""
 
-    def _run_part(self, part: pipeline.Pipeline | reverse.Study) -> Mapping:
+    def _run_part(self, part: pipeline.Pipeline | reverse.ReversePipeline) -> Mapping:
         return part.run()
 
     def _check_numbers(self, key: str, given: object) -> None:
@@ -190,7 +190,7 @@ class Run(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaSNN(Run):
+class LaSNN(Experiment):
     """LaSNN on images: teacher, intermediate ANN, conversion, training without and with the teacher.
 
     Attributes:
@@ -206,8 +206,8 @@ class LaSNN(Run):
 
     method: ClassVar[str] = "lasnn"
 
-    recipe: pipeline.Recipe
-    stages: tuple[str, ...] = pipeline.STAGES
+    recipe: Recipe
+    stages: tuple[str, ...] = pipeline.DEFAULT
     source: str = "cifar10"
     root: Path = Path("data")
     train_images: int | None = None
@@ -219,7 +219,7 @@ class LaSNN(Run):
         for key, given, known in (
             ("recipe.student", (self.recipe.student,), LASNN_STUDENTS),
             # spike_kd needs an SNN that teaches, which only Python can give
-            ("stages", self.stages, tuple(stage for stage in pipeline.TITLES if stage != "spike_kd")),
+            ("stages", self.stages, tuple(name for name, stage in STAGES.items() if stage.teacher != "snn")),
         ):
             for name in given:
                 if name not in known:
@@ -227,7 +227,7 @@ class LaSNN(Run):
 
     @property
     def students(self) -> list[str]:
-        return [stage for stage in self.stages if stage not in NO_STUDENT][-1:] or ["lasnn"]
+        return [stage for stage in self.stages if STAGES[stage].leaves == "snn"][-1:] or ["lasnn"]
 
     def part(self, seed: int) -> pipeline.Pipeline:
         path = self.teacher_checkpoint
@@ -257,10 +257,10 @@ class LaSNN(Run):
         return pipeline.table(self.recipe, list(results.values()))
 
     def _row(self, folder: str) -> str | None:
-        return None if folder in NO_STUDENT else folder
+        return folder if folder in STAGES and STAGES[folder].leaves == "snn" else None
 
 
-class _Reverse(Run):
+class _Reverse(Experiment):
     """What reverse distillation has in common on images and on event frames."""
 
     limits: ClassVar[Mapping[str, tuple]] = LIMITS | {"alpha": FRACTION}
@@ -295,7 +295,7 @@ class ReverseOnImages(_Reverse):
 
     method: ClassVar[str] = "reverse"
 
-    recipe: reverse.Recipe
+    recipe: ReverseRecipe
     T: int = 4
     source: str = "cifar100"
     root: Path = Path("data")
@@ -303,9 +303,9 @@ class ReverseOnImages(_Reverse):
     per_class: int | None = None
     shrink: int = 1
 
-    def part(self, seed: int) -> reverse.Study:
+    def part(self, seed: int) -> reverse.ReversePipeline:
         recipe = dataclasses.replace(self.recipe, seed=seed)
-        return reverse.Study(
+        return reverse.ReversePipeline(
             recipe, self.data, self.run_dir / f"seed{seed}", self._encoder(seed), self.device
         )
 
@@ -343,16 +343,16 @@ class ReverseOnEvents(_Reverse):
 
     method: ClassVar[str] = "reverse-events"
 
-    recipe: reverse.Recipe
+    recipe: ReverseRecipe
     framing: events.Framing = events.Framing()
     source: Literal["dvs-gesture", "n-mnist", "cifar10-dvs"] = "dvs-gesture"
     root: Path = Path("data")
     cache: Path | None = None
     augment: bool = True
 
-    def part(self, seed: int) -> reverse.Study:
+    def part(self, seed: int) -> reverse.ReversePipeline:
         recipe = dataclasses.replace(self.recipe, seed=seed)
-        return reverse.Study(recipe, self.data, self.run_dir / f"seed{seed}", device=self.device)
+        return reverse.ReversePipeline(recipe, self.data, self.run_dir / f"seed{seed}", device=self.device)
 
     def title(self) -> str:
         r, d = self.recipe, self.data
@@ -369,7 +369,7 @@ class ReverseOnEvents(_Reverse):
         return None
 
 
-def methods() -> dict[str, type[Run]]:
+def methods() -> dict[str, type[Experiment]]:
     """What a YAML file can describe, by its ``method``."""
     from .compare import Comparison
 
@@ -382,7 +382,7 @@ def hold_out(loaded: ImageData | events.EventData, held_out: int | None) -> Imag
     return loaded.split(held_out) if held_out else loaded
 
 
-def read(path: str | Path) -> Run:
+def read(path: str | Path) -> Experiment:
     """The run that a YAML file describes; ``method`` says which of :func:`methods` it is.
 
     Raises:
@@ -397,7 +397,7 @@ def read(path: str | Path) -> Run:
     return config.build(known[method], mapping, str(path))
 
 
-def open_folder(run_dir: str | Path) -> tuple[Run, list[int]]:
+def open_folder(run_dir: str | Path) -> tuple[Experiment, list[int]]:
     """The run that was started in a folder, and the seeds that have a folder there.
 
     Raises:

@@ -9,37 +9,38 @@ from typing import Literal
 
 from torch import nn
 
+from ..analysis.stages import STAGES
 from ..data import events
 from ..data import images as data
 from ..data.encoding import DirectEncoder
-from . import pipeline, reverse
+from .recipes import Recipe, ReverseRecipe
 from .tables import Row
 
 Scale = Literal["full", "small", "smoke"]
 SCALES = ("full", "small", "smoke")
 
-PAPER_DVS = reverse.Recipe(epochs=200, batch=16, optimizer="adam", lr=1e-3, weight_decay=0.0)
+PAPER_DVS = ReverseRecipe(epochs=200, batch=16, optimizer="adam", lr=1e-3, weight_decay=0.0)
 SMALL_WIDTH = {"conv3_linear2": 0.25}  # a narrow network already; of all others an eighth
-SMALL_LASNN = pipeline.Recipe(
+SMALL_LASNN = Recipe(
     teacher_epochs=30, teacher_lr=0.1, teacher_batch=64, ann_epochs=60, ann_lr=0.05, ann_batch=64,
     calibration_images=256, calibration_steps=100, threshold_scale=0.4, epochs=12, lr=5e-4, batch=32,
     validate_every=12,
 )  # fmt: skip
-SMALL_REVERSE = reverse.Recipe(width=0.125, epochs=6, batch=64, validate_every=6)
+SMALL_REVERSE = ReverseRecipe(width=0.125, epochs=6, batch=64, validate_every=6)
 SMALL_DVS = replace(PAPER_DVS, width=0.125, epochs=12, batch=10, lr=3e-3)
-SMOKE_LASNN = pipeline.Recipe(
+SMOKE_LASNN = Recipe(
     width=0.1, teacher_width=0.25, teacher_epochs=1, teacher_lr=0.1, teacher_batch=32,
     ann_epochs=8, ann_lr=0.1, ann_batch=16, calibration_images=32, calibration_steps=10,
     threshold_scale=0.5, epochs=1, lr=1e-3,
 )  # fmt: skip
-SMOKE_REVERSE = reverse.Recipe(width=0.0625, epochs=1, batch=32)
+SMOKE_REVERSE = ReverseRecipe(width=0.0625, epochs=1, batch=32)
 
 
 @dataclass(frozen=True)
 class Lasnn:
     """What a row of LaSNN's tables is run with."""
 
-    recipe: pipeline.Recipe
+    recipe: Recipe
     reduced: str
 
 
@@ -47,7 +48,7 @@ class Lasnn:
 class Reverse:
     """What a row of reverse distillation's tables is run with."""
 
-    recipe: reverse.Recipe
+    recipe: ReverseRecipe
     T: int
     framing: events.Framing | None
     shrink: int
@@ -63,9 +64,9 @@ class Reverse:
 def lasnn(row: Row, scale: Scale, seed: int) -> Lasnn:
     """The settings of a row; ``reduced`` says what is less than the paper's, and is empty at full scale."""
     T = row.T if scale == "full" else max(4, round(row.T * 0.08)) if scale == "small" else 4
-    base = {"full": pipeline.Recipe(), "small": SMALL_LASNN, "smoke": SMOKE_LASNN}[scale]
-    if row.method == "converted_10T":  # the stage multiplies by itself
-        T = T // 10 if scale != "smoke" else T
+    base = {"full": Recipe(), "small": SMALL_LASNN, "smoke": SMOKE_LASNN}[scale]
+    if scale != "smoke" and not row.reverse:
+        T //= STAGES[row.method].steps  # the stage multiplies by itself
     if scale == "small":
         base = replace(base, width=SMALL_WIDTH.get(row.net, 0.125))
     teacher = row.teacher if scale == "full" else "resnet20"
@@ -75,18 +76,18 @@ def lasnn(row: Row, scale: Scale, seed: int) -> Lasnn:
     return Lasnn(recipe, _reduced_lasnn(row, scale, recipe))
 
 
-def _reduced_lasnn(row: Row, scale: Scale, recipe: pipeline.Recipe) -> str:
+def _reduced_lasnn(row: Row, scale: Scale, recipe: Recipe) -> str:
     if scale == "full":
         return ""
-    ran = recipe.T * 10 if row.method == "converted_10T" else recipe.T
+    ran = recipe.T * STAGES[row.method].steps
     parts = [_fewer(scale, "4,000 images"), f"width {recipe.width:g}"]
     if row.method == "ann":
         parts.append(f"{recipe.ann_epochs} of 200 epochs")
     else:
         parts.append(f"T {ran} of {row.T}")
-    if row.method in ("hybrid", "label_kd", "spike_kd", "lasnn"):
+    if STAGES[row.method].trained:
         parts.append(f"{recipe.epochs} of 100 epochs")
-    if row.method in ("label_kd", "lasnn") and row.teacher != recipe.teacher:
+    if STAGES[row.method].teacher == "ann" and row.teacher != recipe.teacher:
         parts.append(f"teacher {recipe.teacher} for {row.teacher}")
     return ", ".join(parts)
 
@@ -99,7 +100,7 @@ def reverse_kd(row: Row, scale: Scale, seed: int) -> Reverse:
     """As :func:`lasnn`, for the second paper."""
     on_events = row.dataset == "dvs-gesture"
     if scale == "full":
-        recipe = PAPER_DVS if on_events else reverse.Recipe()
+        recipe = PAPER_DVS if on_events else ReverseRecipe()
         T, shrink = row.T, 1
     elif scale == "small":
         recipe = SMALL_DVS if on_events else SMALL_REVERSE

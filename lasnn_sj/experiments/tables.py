@@ -20,7 +20,7 @@ class Row:
         dataset: ``"cifar10"``, ``"cifar100"``, ``"tiny-imagenet"`` or ``"dvs-gesture"``.
         net: the student, by its name in :mod:`lasnn_sj.models`.
         method: for LaSNN a stage of :class:`~lasnn_sj.experiments.pipeline.Pipeline`, for reverse
-            distillation a row of :class:`~lasnn_sj.experiments.reverse.Study`.
+            distillation a row of :class:`~lasnn_sj.experiments.reverse.ReversePipeline`.
         paper: printed top-1 accuracy in percent.
         T: time steps.
         teacher, attention, encoding: of LaSNN's rows.

@@ -537,7 +537,8 @@ def test_a_study_folder_of_other_frames_is_refused(root, tmp_path):
     run = tmp_path / "run"
 
     def study(framing, augment=True):
-        return reverse.Study(reverse.Recipe(), events.load("dvs-gesture", root, framing, augment), run)
+        frames = events.load("dvs-gesture", root, framing, augment)
+        return reverse.ReversePipeline(reverse.ReverseRecipe(), frames, run)
 
     study(Framing(T=4))
     study(Framing(T=4))

@@ -10,7 +10,8 @@ import torch
 
 from lasnn_sj import models
 from lasnn_sj.data import images as data
-from lasnn_sj.experiments.pipeline import STAGES, Pipeline, Recipe, table
+from lasnn_sj.experiments.pipeline import DEFAULT as STAGES
+from lasnn_sj.experiments.pipeline import Pipeline, Recipe, table
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.runtime import FolderLock, LockError
 from lasnn_sj.runtime.cost import Cost
@@ -74,8 +75,7 @@ def test_epochs_are_evaluated_on_validation_images_and_test_images_once(finished
 
 def test_finished_stages_are_skipped(finished, digits, monkeypatch):
     folder, results = finished
-    for stage in STAGES:
-        monkeypatch.delattr(Pipeline, f"_run_{stage}")
+    monkeypatch.delattr(Pipeline, "_run")
     assert Pipeline(TINY, digits, folder).run() == results
 
 
@@ -126,7 +126,7 @@ def test_the_cost_of_a_stage_is_not_that_of_those_it_needs(digits, tmp_path, mon
             super().__exit__(*error)
             measured[-1] = "done"
 
-    monkeypatch.setattr("lasnn_sj.experiments.pipeline.Cost", Alone)
+    monkeypatch.setattr("lasnn_sj.experiments.runner.Cost", Alone)
     recipe = dataclasses.replace(TINY, ann_epochs=2)
     Pipeline(recipe, digits, tmp_path).run(["lasnn"])
     assert measured == ["done"] * 3  # teacher, ann, lasnn; converted and start are made, not evaluated

@@ -319,11 +319,11 @@ class Pictures(Loaders):
     validation = TensorDataset(*data(10, seed=2))
 
 
-RECIPE = reverse.Recipe(width=0.05, epochs=2, batch=12, ratios=(0.0, 0.5))
+RECIPE = reverse.ReverseRecipe(width=0.05, epochs=2, batch=12, ratios=(0.0, 0.5))
 
 
 def test_a_study_has_all_rows_and_skips_those_it_has(tmp_path, monkeypatch):
-    study = reverse.Study(RECIPE, Pictures(), tmp_path, DirectEncoder(2))
+    study = reverse.ReversePipeline(RECIPE, Pictures(), tmp_path, DirectEncoder(2))
     results = study.run()
     assert list(results) == ["alone", "sparse 0", "sparse 0.5", "default"]
     assert results["sparse 0"]["teacher_top1"] == results["alone"]["top1"]
@@ -331,12 +331,12 @@ def test_a_study_has_all_rows_and_skips_those_it_has(tmp_path, monkeypatch):
     assert "val_top1" in (tmp_path / "alone" / "metrics.csv").read_text()
     assert sparsity(study.student("sparse 0.5")).zeros == 0  # the teacher is pruned, the student is not
     monkeypatch.setattr(reverse, "Trainer", None)
-    again = reverse.Study(RECIPE, Pictures(), tmp_path, DirectEncoder(2))
+    again = reverse.ReversePipeline(RECIPE, Pictures(), tmp_path, DirectEncoder(2))
     assert again.run() == results
 
 
 def test_a_row_that_was_cut_off_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    whole = reverse.Study(RECIPE, Pictures(), tmp_path / "whole", DirectEncoder(2)).run()
+    whole = reverse.ReversePipeline(RECIPE, Pictures(), tmp_path / "whole", DirectEncoder(2)).run()
 
     class Cut(reverse.Trainer):
         def fit(self, train_loader, val_loader=None, epochs=100, validate_every=1):
@@ -344,12 +344,12 @@ def test_a_row_that_was_cut_off_goes_on_to_the_same_result(tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     for _ in range(4):  # each row is cut once
-        cut = reverse.Study(RECIPE, Pictures(), tmp_path / "cut", DirectEncoder(2))
+        cut = reverse.ReversePipeline(RECIPE, Pictures(), tmp_path / "cut", DirectEncoder(2))
         monkeypatch.setattr(reverse, "Trainer", Cut)
         with pytest.raises(KeyboardInterrupt):
             cut.run()
     monkeypatch.undo()
-    resumed = reverse.Study(RECIPE, Pictures(), tmp_path / "cut", DirectEncoder(2)).run()
+    resumed = reverse.ReversePipeline(RECIPE, Pictures(), tmp_path / "cut", DirectEncoder(2)).run()
     for row, result in whole.items():
         assert resumed[row]["loss"] == result["loss"]
         files = [tmp_path / folder / row.replace(" ", "_") / "metrics.csv" for folder in ("whole", "cut")]
@@ -361,8 +361,8 @@ def test_a_row_does_not_depend_on_the_rows_before_it(tmp_path):
 
     def rows(folder, ratios):
         encoder = PoissonEncoder(2, torch.Generator().manual_seed(7))
-        recipe = reverse.Recipe(width=0.05, epochs=1, batch=12, ratios=ratios, default=False)
-        return reverse.Study(recipe, Pictures(), tmp_path / folder, encoder).run()
+        recipe = reverse.ReverseRecipe(width=0.05, epochs=1, batch=12, ratios=ratios, default=False)
+        return reverse.ReversePipeline(recipe, Pictures(), tmp_path / folder, encoder).run()
 
     together = rows("one", (0.5,))
     assert rows("two", ())["alone"]["loss"] == together["alone"]["loss"]
@@ -372,12 +372,12 @@ def test_a_row_does_not_depend_on_the_rows_before_it(tmp_path):
 
 
 def test_a_study_folder_of_another_recipe_is_refused(tmp_path):
-    reverse.Study(RECIPE, Pictures(), tmp_path)
-    other = reverse.Recipe(width=0.05, epochs=2, batch=12, alpha=0.9)
+    reverse.ReversePipeline(RECIPE, Pictures(), tmp_path)
+    other = reverse.ReverseRecipe(width=0.05, epochs=2, batch=12, alpha=0.9)
     with pytest.raises(ValueError, match=r"other settings \(alpha: there 0.5, here 0.9\)"):
-        reverse.Study(other, Pictures(), tmp_path)
-    more = reverse.Recipe(width=0.05, epochs=2, batch=12, ratios=(0.9,))
-    reverse.Study(more, Pictures(), tmp_path)  # more rows may be added
+        reverse.ReversePipeline(other, Pictures(), tmp_path)
+    more = reverse.ReverseRecipe(width=0.05, epochs=2, batch=12, ratios=(0.9,))
+    reverse.ReversePipeline(more, Pictures(), tmp_path)  # more rows may be added
 
 
 def test_the_table_by_hand(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from lasnn_sj import models
 from lasnn_sj.experiments import ExperimentError, reproduce, scales
 from lasnn_sj.experiments.pipeline import Pipeline
-from lasnn_sj.experiments.reverse import Study
-from lasnn_sj.experiments.run import Place, choose
+from lasnn_sj.experiments.reverse import ReversePipeline
+from lasnn_sj.experiments.run import TableRunner, choose
 
 NAMES = ("vgg5/lasnn/activation", "vgg5/ann", "vgg5/converted")
 
@@ -77,14 +77,14 @@ def test_what_is_finished_is_not_run_again(finished, monkeypatch):
 
 
 def test_a_row_that_failed_does_not_take_the_others_with_it(tmp_path, monkeypatch):
-    train = Study._train
+    train = ReversePipeline._train
 
     def fails(study, folder, objective):
         if "default" in str(folder):
             raise RuntimeError("out of luck")
         return train(study, folder, objective)
 
-    monkeypatch.setattr(Study, "_train", fails)
+    monkeypatch.setattr(ReversePipeline, "_train", fails)
     with pytest.raises(
         ExperimentError, match="1 of 2 rows failed .*default, seed 0: RuntimeError: out of luck"
     ):
@@ -92,7 +92,7 @@ def test_a_row_that_failed_does_not_take_the_others_with_it(tmp_path, monkeypatc
     lines = (tmp_path / "smoke" / "table_2.md").read_text().splitlines()
     assert any("/alone" in line and "not run" not in line for line in lines)
     assert any("/default" in line and "not run" in line for line in lines)
-    monkeypatch.setattr(Study, "_train", train)
+    monkeypatch.setattr(ReversePipeline, "_train", train)
     assert "not run" not in run(tmp_path, ["cifar100/spiking_resnet18"], "2", seeds=1)
 
 
@@ -135,7 +135,7 @@ def test_a_folder_of_other_settings_is_refused(finished, tmp_path):
     """A run folder says what it was made with, so a copied or edited one cannot pass for another."""
     folder, _ = finished
     (row,) = choose("II", ["vgg5/converted"], "smoke")
-    place = Place("smoke", folder, folder / "smoke", None, "cpu")
+    place = TableRunner("smoke", folder, folder / "smoke", None, "cpu")
     recipe = place.folder(row, 0) / "recipe.json"
     before = recipe.read_text()
     recipe.write_text(before.replace('"T": 4', '"T": 5'))
@@ -156,7 +156,7 @@ def test_a_teacher_from_elsewhere_is_not_mixed_in(tmp_path):
     (row,) = choose("IV", ["vgg5/lasnn/activation/resnet20"], "small")
     path = tmp_path / "resnet20.th"
     torch.save({"state_dict": models.teacher_resnet20(10).state_dict()}, path)
-    given, none = (Place("small", tmp_path, tmp_path, checkpoint, "cpu") for checkpoint in (path, None))
+    given, none = (TableRunner("small", tmp_path, tmp_path, checkpoint, "cpu") for checkpoint in (path, None))
     for _ in range(2):
         given.teacher(row)
     with pytest.raises(ValueError, match=r"other settings \(checkpoint: there '[0-9a-f]{64}', here None\)"):

@@ -23,8 +23,8 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
     """Write an HTML page about runs, with its pictures beside it as PNG files.
 
     A run folder is that of a :class:`~lasnn_sj.LaSNNTrainer`, of a ``Pipeline`` with its stages, of a
-    ``Study`` with its rows, or a folder of several of these. Runs that differ by their seeds alone are
-    shown as means; others are compared. Missing and damaged files are named on the page. Needs
+    ``ReversePipeline`` with its rows, or a folder of several of these. Runs that differ by their seeds
+    alone are shown as means; others are compared. Missing and damaged files are named on the page. Needs
     ``matplotlib`` and ``jinja2`` (the extra ``report``).
 
     Args:

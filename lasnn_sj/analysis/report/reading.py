@@ -13,27 +13,12 @@ import numpy as np
 
 from ...data.archives import ArchiveError, read_npz
 from ...runtime.files import read_regular
+from ..stages import ANNS, place, title
 
 LARGEST = 1 << 28  # bytes of a file, and of an array in it
 FORMAT = 1  # of inspection.json that this understands
 FILES = ("settings.json", "metrics.csv", "result.json", "thresholds.json", "inspection.json",
          "weights.safetensors")  # fmt: skip
-# Folders of a Pipeline and of a Study, in the order of their tables.
-TITLES = {
-    "teacher": "teacher",
-    "ann": "intermediate ANN",
-    "converted": "converted",
-    "converted_10T": "converted, 10 T",
-    "calibrated": "calibrated",
-    "start": "start of training",
-    "hybrid": "hybrid (CE only)",
-    "label_kd": "label distillation",
-    "spike_kd": "spike-based KD",
-    "lasnn": "LaSNN",
-    "alone": "student alone",
-    "default": "teacher-default KD",
-}
-NOT_INSPECTED = ("teacher", "ann", "converted", "converted_10T", "calibrated")
 
 
 @dataclass
@@ -61,9 +46,7 @@ class Part:
     @property
     def title(self) -> str:
         """Name of the kind in words."""
-        if self.kind.startswith("sparse_"):
-            return f"sparse-KD, pruned {self.kind.removeprefix('sparse_')}"
-        return TITLES.get(self.kind, self.kind)
+        return title(self.kind)
 
     def number(self, name: str) -> float | None:
         """A number of the result, or else of the inspection."""
@@ -186,7 +169,7 @@ def _read_run(path: Path, config: str | None) -> Run:
     run.parts = [_read_part(place, path, stages and place != path, run.notes) for place in places]
     unseen = [
         part for part in run.parts
-        if part.metrics and part.kind not in NOT_INSPECTED and not (part.path / "inspection.json").exists()
+        if part.metrics and part.kind not in ANNS and not (part.path / "inspection.json").exists()
     ]  # fmt: skip
     if unseen:
         where = "" if unseen[0].path == path else f" in {', '.join(part.kind for part in unseen)}"
@@ -194,12 +177,7 @@ def _read_run(path: Path, config: str | None) -> Run:
             f"inspection.json is missing{where}: no attention maps, firing rates by layer or energy; "
             f"lasnn_sj.analysis.inspect(trainer, test_loader) writes it"
         )
-    order = list(TITLES)
-    run.parts.sort(
-        key=lambda part: (
-            order.index(part.kind) if part.kind in TITLES else order.index("alone") + 0.5, part.kind
-        )
-    )  # fmt: skip
+    run.parts.sort(key=lambda part: place(part.kind))
     return run
 
 

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..stages import ANNS, STAGES
 from ..style import energy_unit
 from .reading import Part, Run, number, numbers, record, records, short_names
 
-ANNS = ("teacher", "ann")  # drawn apart from the students
 BASELINES = ("hybrid", "alone")
-NOT_TRAINED = ("converted", "converted_10T", "calibrated", "start")
+NOT_TRAINED = tuple(name for name, stage in STAGES.items() if not stage.trained and name not in ANNS)
 
 
 @dataclass

@@ -1,0 +1,123 @@
+"""Stages in a run folder, each run once."""
+
+from __future__ import annotations
+
+import logging
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..runtime import distributed, files, random_state
+from ..runtime.cost import Cost
+from ..runtime.files import check_settings
+from ..runtime.locks import FolderLock
+from ..training.checkpoint import save_weights
+from ..training.trainer import Trainer
+from .recipes import Recipe, ReverseRecipe
+
+log = logging.getLogger(__name__)
+
+
+class Data(Protocol):
+    """Interface of :class:`~lasnn_sj.data.ImageData` and :class:`~lasnn_sj.data.EventData`."""
+
+    name: str
+    num_classes: int
+    in_channels: int
+    image_size: int
+    train: Sequence
+    test: Sequence
+    validation: Sequence | None
+
+    def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]: ...
+
+    def test_loader(self, batch_size: int, workers: int = 0) -> DataLoader: ...
+
+
+class Runner:
+    """Base class of what runs stages in a folder; a finished stage is not run again.
+
+    Args:
+        recipe: the description.
+        data: images or event frames.
+        run_dir: made if it is not there; each stage has a folder in it.
+        device: device to run on.
+        settings: described in ``recipe.json``, against which a later run in this folder is held.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; the message lists what differs.
+        RuntimeError: several processes under torchrun.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | ReverseRecipe,
+        data: Data,
+        run_dir: str | Path,
+        device: torch.device | str,
+        settings: Mapping[str, object],
+    ) -> None:
+        distributed.refuse(type(self).__name__)
+        self.recipe, self.data = recipe, data
+        self.device, self.run_dir = torch.device(device), Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.run_dir)
+        check_settings(self.run_dir / "recipe.json", settings)
+
+    def _finished(self, name: str) -> dict | None:
+        """Result of a stage, ``None`` where it is not finished."""
+        return files.read_json(files.inside(self.run_dir, f"{folder_name(name)}/result.json"))
+
+    def _result(
+        self,
+        name: str,
+        run: Callable[[Path], dict],
+        prepare: Callable[[], object] = lambda: None,
+        whole_folder: bool = True,
+    ) -> dict:
+        """Result of a stage, run in its folder where it is not there yet.
+
+        Args:
+            name: of the stage.
+            run: does the work; its time and memory are added to what it returns.
+            prepare: called before, not measured.
+            whole_folder: hold the whole run folder meanwhile, so that no other stage runs in it.
+        """
+        result = self._finished(name)
+        if result is not None:
+            return result
+        with self._lock if whole_folder else nullcontext():
+            prepare()
+            folder = self.run_dir / folder_name(name)
+            folder.mkdir(exist_ok=True)
+            log.info("%s of %s", name, self.run_dir)
+            # A stage's result must not depend on which others this process has run.
+            random_state.seed_everything(self.recipe.seed)
+            with Cost(self.device) as cost:
+                result = run(folder)
+            result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
+            files.write_json(folder / "result.json", result)
+        return result
+
+    def _fit(self, trainer: Trainer, epochs: int, batch: int) -> dict[str, float]:
+        """Train to the end and keep the weights; returns the median seconds of an epoch."""
+        r = self.recipe
+        train, held = self.data.loaders(batch, r.workers, seed=r.seed)
+        validation = None if self.data.validation is None else held
+        history = trainer.fit(train, validation, epochs, r.validate_every)
+        save_weights(trainer.run_dir / "weights.safetensors", trainer.student)
+        return {"seconds_per_epoch": statistics.median(row["seconds"] for row in history)}
+
+    def _test(self, batch: int) -> DataLoader:
+        return self.data.test_loader(batch, self.recipe.workers)
+
+
+def folder_name(row: str) -> str:
+    """Name of a row's folder: letters, digits, points and dashes, anything else as underscores."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", row).strip("_")
