@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from lasnn_sj.experiments.reverse import Recipe
+from lasnn_sj.experiments import ReverseRecipe
 from lasnn_sj.experiments.runs import ReverseOnImages
 
 
@@ -40,9 +40,9 @@ class Tables(ReverseOnImages):
         ]  # fmt: skip
 
 
-PAPER = Tables(recipe=Recipe(ratios=()), seeds=(0, 1, 2), run_dir=Path("runs/default_kd_cifar100"))
+PAPER = Tables(recipe=ReverseRecipe(ratios=()), seeds=(0, 1, 2), run_dir=Path("runs/default_kd_cifar100"))
 LAPTOP = Tables(
-    recipe=Recipe(ratios=(), width=0.125, epochs=6, batch=64),
+    recipe=ReverseRecipe(ratios=(), width=0.125, epochs=6, batch=64),
     students=("spiking_resnet18", "spiking_wrn16_4"),
     classes=10,
     per_class=500,

@@ -14,16 +14,16 @@ from pathlib import Path
 import tyro
 
 from lasnn_sj.data import events
-from lasnn_sj.experiments.reverse import Recipe
+from lasnn_sj.experiments import ReverseRecipe
 from lasnn_sj.experiments.runs import ReverseOnEvents
 
 PAPER = ReverseOnEvents(
-    recipe=Recipe(epochs=200, batch=16, optimizer="adam", lr=1e-3, weight_decay=0.0),
+    recipe=ReverseRecipe(epochs=200, batch=16, optimizer="adam", lr=1e-3, weight_decay=0.0),
     seeds=(0, 1, 2),
     run_dir=Path("runs/reverse_kd_dvs_gesture"),
 )
 LAPTOP = ReverseOnEvents(
-    recipe=Recipe(width=0.125, epochs=12, batch=10, optimizer="adam", lr=3e-3, weight_decay=0.0),
+    recipe=ReverseRecipe(width=0.125, epochs=12, batch=10, optimizer="adam", lr=3e-3, weight_decay=0.0),
     framing=events.Framing(T=8, shrink=8),
     augment=False,
     seeds=(0, 1, 2),

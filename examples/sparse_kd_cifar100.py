@@ -13,12 +13,12 @@ from pathlib import Path
 
 import tyro
 
-from lasnn_sj.experiments.reverse import Recipe
+from lasnn_sj.experiments import ReverseRecipe
 from lasnn_sj.experiments.runs import ReverseOnImages
 
-PAPER = ReverseOnImages(recipe=Recipe(), seeds=(0, 1, 2), run_dir=Path("runs/sparse_kd_cifar100"))
+PAPER = ReverseOnImages(recipe=ReverseRecipe(), seeds=(0, 1, 2), run_dir=Path("runs/sparse_kd_cifar100"))
 LAPTOP = ReverseOnImages(
-    recipe=Recipe(width=0.125, epochs=6, batch=64),
+    recipe=ReverseRecipe(width=0.125, epochs=6, batch=64),
     classes=10,
     per_class=500,
     shrink=2,

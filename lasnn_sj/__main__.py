@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import traceback
@@ -27,53 +28,62 @@ PACKAGES = (
 def train(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> None:
     """Train what a YAML file describes, print and write its table; a run that was cut off goes on.
 
-    ``lasnn-sj train CONFIG.yaml --help`` lists the file's options with units and values;
-    ``examples/configs/`` has a file for every network and method.
+    "lasnn-sj train CONFIG --help" lists a configuration's options with units and values. The package brings
+    a configuration for every network and method, such as smoke_digits or
+    lasnn_cifar10_vgg9_poisson_activation; a name that does not exist lists those near.
 
     Args:
-        config: YAML file with ``method`` (lasnn, reverse or reverse-events), ``recipe``, ``run_dir``, ...
-        overrides: options in the file's place, such as ``--recipe.epochs 3 --device cuda``.
+        config: YAML file with method (lasnn, reverse or reverse-events), recipe, run_dir, ..., or the name of
+            a configuration that the package brings.
+        overrides: options in the file's place, such as --recipe.epochs 3 --device cuda.
     """
     from .experiments import runs
 
     described = runs.read(config)
+    _remove_markup(type(described), type(described.recipe), type(getattr(described, "framing", None)))
     tyro.cli(type(described), default=described, args=overrides, prog=f"{PROG} train {config}").run()
 
 
 def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> None:
     """Compare methods of training on one student, seed by seed; a comparison that was cut off goes on.
 
-    ``lasnn-sj compare CONFIG.yaml --help`` lists the file's options; ``examples/configs/compare_*.yaml`` are
-    examples.
+    "lasnn-sj compare CONFIG --help" lists its options. The package brings compare_digits and
+    compare_cifar10_conv3_linear2.
 
     Args:
-        config: YAML file with ``method: compare``, ``recipe``, ``rows``, ``baseline``, ``run_dir``, ...
-        overrides: options in the file's place, such as ``--seeds 0 1 2 --judge test``.
+        config: YAML file with method: compare, recipe, rows, baseline, run_dir, ..., or the name of a
+            configuration that the package brings.
+        overrides: options in the file's place, such as --seeds 0 1 2 --judge test.
     """
     train(config, overrides)
 
 
 def evaluate(
-    run_dir: Positional[Path], rows: Positional[tuple[str, ...]] = (), device: str | None = None
+    run_dir: Positional[Path],
+    rows: Positional[tuple[str, ...]] = (),
+    source: str | None = None,
+    root: Path = Path("data"),
+    device: str = "cpu",
 ) -> None:
-    """Accuracy of a finished run's students on its test data.
+    """Print the accuracy of trained students on their test data.
 
     Args:
-        run_dir: folder of a run that ``train`` or an example made.
+        run_dir: folder of train, compare, reproduce or the quickstart, or of save_pretrained.
         rows: which of its students, such as lasnn, hybrid, alone, "sparse 0.3"; the run's own if not given.
-        device: "cpu", "cuda", ...; the run's if not given.
+        source: data set or .npz file, where the folder does not say.
+        root: folder of the data sets, where the folder does not say.
+        device: "cpu", "cuda", ...
     """
-    import dataclasses
+    from .experiments.folders import students
 
-    from .experiments import runs
-
-    run, seeds = runs.open_folder(run_dir)
-    run = dataclasses.replace(run, device=device or run.device)
-    print("seed  row                  top-1 %   loss     samples")
-    for seed in seeds:
-        for row in rows or run.students:
-            result = run.evaluate(seed, row)
-            print(f"{seed:<5} {row:<20} {result['top1']:<9.2f} {result['loss']:<8.4f} {result['samples']}")
+    found = students(run_dir, rows, source, root)
+    several = len({(one.seed, one.row) for one in found}) < len(found)
+    print("seed  row                  top-1 %   loss     samples" + several * "  folder")
+    for one in found:
+        result = one.evaluate(device)
+        seed = "" if one.seed is None else one.seed
+        line = f"{seed:<5} {one.row:<20} {result['top1']:<9.2f} {result['loss']:<8.4f} {result['samples']}"
+        print(line + several * f"     {one.folder}")
 
 
 def reproduce(
@@ -92,7 +102,8 @@ def reproduce(
     Args:
         table: its name, such as I, II, IV, Fig5, 1 or 2; an unknown one lists those there are.
         rows: some of its rows by name; all that fit the scale if not given.
-        scale: ``full``, the papers' settings; ``small``, about an hour of two cores; ``smoke``, a test.
+        scale: full, the papers' settings (days on a GPU); small, about an hour of two cores for a table;
+            smoke, a test of seconds.
         seeds: how many runs of each row.
         root: folder of the data sets.
         run_dir: folder of all results; what is finished there is not run again.
@@ -122,27 +133,28 @@ def report(run_dirs: Positional[tuple[Path, ...]], out: Path | None = None) -> N
 def export(
     run_dir: Positional[Path], out: Positional[Path], row: str | None = None, seed: int | None = None
 ) -> None:
-    """Write a finished run's student as NIR, for other simulators and neuromorphic hardware.
+    """Write a trained student as NIR, for other simulators and neuromorphic hardware.
 
     Needs neurons with hard reset, which the networks of reverse distillation have.
 
     Args:
-        run_dir: folder of a run that ``train`` or an example made.
+        run_dir: folder of train, compare, reproduce or the quickstart, or of save_pretrained.
         out: file to write, such as student.nir.
         row: which of its students, the last row's if not given.
         seed: of which seed, the first if not given.
     """
-    import dataclasses
-
     from .conversion import nir as nir_export
-    from .experiments import runs
+    from .experiments.folders import students
 
-    run, seeds = runs.open_folder(run_dir)
-    run = dataclasses.replace(run, device="cpu")  # wherever it was trained
+    found = students(run_dir, () if row is None else (row,))
+    seeds = [one.seed for one in found]
     seed = seeds[0] if seed is None else seed
-    row = row or run.students[-1]
-    path = nir_export.save(run.student(seed, row), out, run.sample_shape)
-    print(f"{path}: {row} of seed {seed}, input {list(run.sample_shape)} at each step")
+    if seed not in seeds:
+        raise ValueError(f"seed must be one of {', '.join(map(str, dict.fromkeys(seeds)))}, got {seed}")
+    one = [one for one in found if one.seed == seed][-1]
+    path = nir_export.save(one.load("cpu")[0], out, one.sample_shape)
+    of = "" if one.seed is None else f" of seed {one.seed}"
+    print(f"{path}: {one.row}{of}, input {list(one.sample_shape)} at each step")
 
 
 def info() -> None:
@@ -219,6 +231,15 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"{PROG}: stopped; a training goes on when the same command is given again", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _remove_markup(*kinds: type) -> None:
+    """Make the docstrings that ``--help`` prints plain text."""
+    for kind in kinds:
+        for one in kind.__mro__[:-1]:
+            text = re.sub(r":\w+:`[.~!]*([^`]+)`", r"\1", one.__doc__ or "")
+            if one.__module__.startswith(__package__):
+                one.__doc__ = text.replace("``", "")
 
 
 def _is_ours(error: Exception) -> bool:

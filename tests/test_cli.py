@@ -1,4 +1,4 @@
-"""The command line, the configurations under ``examples/configs/``, and what is refused in them."""
+"""The command line, the configurations in the package, and what is refused in them."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from lasnn_sj.data.events import Framing
 from lasnn_sj.experiments import config, reverse, runs
 from lasnn_sj.experiments.pipeline import Recipe
 
-CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
+CONFIGS = sorted(runs.CONFIGS.glob("*.yaml"))
 SIZES = {
     "cifar10": (10, 3, 32), "cifar100": (100, 3, 32), "tiny-imagenet": (200, 3, 64), "digits": (10, 1, 8),
     "dvs-gesture": (11, 2, 128),
@@ -92,7 +92,7 @@ def test_train_leaves_table_and_configuration(trained, capsys):
     folder = trained["smoke_digits"]
     table = (folder / "table.md").read_text()
     result = json.loads((folder / "seed3" / "lasnn" / "result.json").read_text())
-    assert f"| LaSNN, T = 4            | {result['top1']:.2f}" in table
+    assert f"| LaSNN, T = 4             | {result['top1']:.2f}" in table
     run, seeds = runs.open_folder(folder)
     assert seeds == [3]
     assert (run.seeds, run.run_dir, run.recipe.T) == ((3,), folder, 4)
@@ -142,7 +142,7 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
         SystemExit, match=r"keeps no network of 'calibrated' of seed 3; finished are .*start$"
     ):
         cli.main(["evaluate", str(trained["smoke_digits"]), "calibrated"])
-    with pytest.raises(SystemExit, match="no config.yaml; give the folder"):
+    with pytest.raises(SystemExit, match="has no finished student: no config.yaml"):
         cli.main(["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds a run with other settings .*epochs: there 1, here 2"):
         cli.main(["train", f"{folder}/config.yaml", "--recipe.epochs", "2"])
@@ -365,3 +365,59 @@ def test_a_written_recipe_is_read_as_it_was(tmp_path):
     run = runs.LaSNN(recipe=Recipe(lr=1e-4, weight_decay=5e-4, threshold_statistic=99.9), seeds=(1, 2))
     config.write(tmp_path / "c.yaml", {"method": "lasnn"} | config.plain(run))
     assert runs.read(tmp_path / "c.yaml") == run
+
+
+def test_every_folder_that_is_written_can_be_evaluated(trained, tmp_path, capsys):
+    """A pipeline, several of them, one seed, a student by itself; of a trainer alone what is not known."""
+    folder = trained["smoke_digits"]
+    wanted = f"{json.loads((folder / 'seed3/lasnn/result.json').read_text())['top1']:.2f}"
+
+    def evaluated(path, *more):
+        cli.main(["evaluate", str(path), *more])
+        return [line.split() for line in lines_of(capsys)[1:]]
+
+    assert evaluated(folder / "seed3") == [["3", "lasnn", *evaluated(folder)[0][2:]]]
+    several = tmp_path / "reproduced"
+    shutil.copytree(folder / "seed3", several / "runs" / "a")
+    shutil.copytree(folder / "seed3", several / "runs" / "b")
+    alone = evaluated(several / "runs" / "a")
+    assert [line[:2] for line in alone] == [["3", row] for row in ("converted", "start", "hybrid", "lasnn")]
+    assert alone[-1][2] == wanted
+    found = evaluated(several, "lasnn")
+    assert [line[2] for line in found] == [wanted, wanted]
+    assert [line[-1] for line in found] == [str(several / "runs" / name / "lasnn") for name in "ab"]
+    reverse = trained["smoke_reverse_digits"]
+    shutil.copytree(reverse / "seed3", tmp_path / "reverse")
+    again = evaluated(tmp_path / "reverse", "default")
+    assert again == [line for line in evaluated(reverse) if line[1] == "default"]
+    nir = tmp_path / "s.nir"
+    cli.main(["export", str(tmp_path / "reverse"), str(nir), "--row", "alone"])
+    assert "alone of seed 3, input [1, 8, 8]" in capsys.readouterr().out
+
+    run = runs.open_folder(folder)[0]
+    models.save_pretrained(models.vgg5(10, 1, 8, 0.1), run._encoder(3), tmp_path / "pretrained")
+    with pytest.raises(SystemExit, match="does not say which data it was trained on; give --source"):
+        cli.main(["evaluate", str(tmp_path / "pretrained")])
+    assert evaluated(tmp_path / "pretrained", "--source", "digits")[0][-1] == "360"
+    shutil.copy(folder / "seed3" / "lasnn" / "settings.json", tmp_path / "settings.json")
+    for path in ("reproduced", "reverse", "pretrained"):
+        shutil.rmtree(tmp_path / path)
+    with pytest.raises(SystemExit, match=r"written by a trainer alone, .* save_pretrained\(FOLDER\) writes"):
+        cli.main(["evaluate", str(tmp_path)])
+
+
+def test_help_has_no_markup(capsys):
+    for name in ("smoke_digits", "reverse_dvs_gesture_resnet18", "compare_digits"):
+        for args in (["train", name, "--help"], ["train", "--help"], ["evaluate", "--help"]):
+            with pytest.raises(SystemExit):
+                cli.main(args)
+            assert "`" not in capsys.readouterr().out
+
+
+def test_configurations_of_the_package_are_found_by_name(monkeypatch):
+    monkeypatch.setattr(runs.LaSNN, "run", lambda self: seen.append(self))
+    seen = []
+    cli.main(["train", "smoke_digits", "--recipe.T", "7"])
+    assert (seen[0].source, seen[0].recipe.T) == ("digits", 7)
+    with pytest.raises(SystemExit, match=r"smoke_digit is not there; did you mean smoke_digits"):
+        cli.main(["train", "smoke_digit"])

@@ -129,7 +129,7 @@ class Comparison(runs.Experiment):
         failed = {}
         for phase in ([(seed, None) for seed in self.seeds],
                       [(seed, row) for seed in self.seeds for row in (START, *self.rows)]):  # fmt: skip
-            for job, error in run_jobs(dataclasses.replace(self).work, phase, [self.device], processes):
+            for job, _, error in run_jobs(dataclasses.replace(self).work, phase, [self.device], processes):
                 if error is not None:
                     failed[job] = error
                 if job[1] is not None:

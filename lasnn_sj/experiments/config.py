@@ -44,8 +44,10 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(f"{path} is not there" + (f"; did you mean {near[0]}?" if near else ""))
+        known = [p.name for p in path.parent.glob("*.yaml")]
+        known += [p.stem for p in (Path(__file__).parent / "configs").glob("*.yaml")]
+        near = difflib.get_close_matches(path.name, known, n=3)
+        raise ConfigError(f"{path} is not there" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     try:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

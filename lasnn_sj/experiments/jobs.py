@@ -23,7 +23,7 @@ Job = TypeVar("Job")
 
 def run_jobs(
     work: Callable[[Job, str], object], jobs: Sequence[Job], devices: Sequence[str], processes: int
-) -> Iterator[tuple[Job, str | None]]:
+) -> Iterator[tuple[Job, object, str | None]]:
     """Call ``work(job, device)`` for every job; one that fails does not stop the others.
 
     Args:
@@ -34,12 +34,13 @@ def run_jobs(
         processes: number of jobs that run at once. Each process gets an equal share of this one's threads.
 
     Yields:
-        A job that is done, and its error as text or ``None``, in the order in which they end.
+        A job that is done, what ``work`` returned, and its error as text or ``None``, in the order in which
+        they end.
     """
     processes = min(processes, len(jobs))
     if processes <= 1:
         for job in jobs:
-            yield job, _attempt(work, job, devices[0])
+            yield job, *_attempt(work, job, devices[0])
         return
     context = multiprocessing.get_context("spawn")  # CUDA and thread pools do not survive a fork
     free = context.Queue()
@@ -50,7 +51,7 @@ def run_jobs(
         futures = {pool.submit(_call, job): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield futures[future], *future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -61,7 +62,7 @@ def default_processes(devices: Sequence[str]) -> int:
     return len(devices) if devices[0] != "cpu" else len(os.sched_getaffinity(0))
 
 
-_work: Callable[[object], str | None]  # of a worker process, set once when it starts
+_work: Callable[[object], tuple[object, str | None]]  # of a worker process, set once when it starts
 
 
 def _start_worker(work: Callable, free: multiprocessing.Queue, threads: int, parent: int) -> None:
@@ -71,7 +72,7 @@ def _start_worker(work: Callable, free: multiprocessing.Queue, threads: int, par
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s", datefmt="%H:%M:%S")
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
-    def attempt(job: object) -> str | None:
+    def attempt(job: object) -> tuple[object, str | None]:
         return _attempt(work, job, device)
 
     _work = attempt
@@ -84,16 +85,15 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _call(job: object) -> str | None:
+def _call(job: object) -> tuple[object, str | None]:
     return _work(job)
 
 
-def _attempt(work: Callable[[Job, str], object], job: Job, device: str) -> str | None:
+def _attempt(work: Callable[[Job, str], object], job: Job, device: str) -> tuple[object, str | None]:
     if device == "cpu":
         disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
     try:
-        work(job, device)
+        return work(job, device), None
     except Exception as error:  # one job must not take the others' hours with it
         log.exception("%s failed", job)
-        return f"{type(error).__name__}: {error}"
-    return None
+        return None, f"{type(error).__name__}: {error}"

@@ -124,7 +124,7 @@ class Pipeline(Runner):
         elif stage in STAGES:
             self._stage(stage)
         net = self._build_ann()
-        return self._load(stage, net if stage == "ann" else self._to_snn(net))
+        return self._load(stage, net if stage == "ann" else to_snn(net, self.recipe))
 
     def train(self, row: str, objective: Objective) -> dict[str, float]:
         """Train the start network with an objective, in a folder of its own beside the stages'.
@@ -221,7 +221,7 @@ class Pipeline(Runner):
         return images.to(self.device), labels.to(self.device)
 
     def _make_converted(self, ann: nn.Module, images: Tensor, labels: Tensor, folder: Path) -> nn.Module:
-        r, snn = self.recipe, self._to_snn(ann)
+        r, snn = self.recipe, to_snn(ann, self.recipe)
         thresholds = balance_thresholds(
             snn, images, self.encoder(r.calibration_steps), r.threshold_statistic, progress=True
         )
@@ -303,12 +303,6 @@ class Pipeline(Runner):
             d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout
         ).to(self.device)
 
-    def _to_snn(self, ann: nn.Module) -> nn.Module:
-        snn = convert(ann, leak=self.recipe.leak)
-        for node in _nodes(snn):
-            node.surrogate_function = LinearSurrogate(self.recipe.gamma)
-        return snn
-
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
         path = self.run_dir / folder_name(stage) / "weights.safetensors"
         try:
@@ -324,6 +318,14 @@ class Pipeline(Runner):
             (path.parent / "result.json").unlink(missing_ok=True)
             self._stage(stage)
         return load_weights(path, net)
+
+
+def to_snn(ann: nn.Module, recipe: Recipe) -> nn.Module:
+    """Convert an ANN to neurons with a recipe's leak and surrogate."""
+    snn = convert(ann, leak=recipe.leak)
+    for node in _nodes(snn):
+        node.surrogate_function = LinearSurrogate(recipe.gamma)
+    return snn
 
 
 def build_encoder(recipe: Recipe, device: torch.device | str, T: int | None = None) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from .. import models
 from ..analysis.stages import STAGES
+from ..data import events
 from ..data import images as data
 from ..runtime.files import check_settings
 from . import report, scales
@@ -55,6 +57,13 @@ class TableRunner:
     def images(self, row: Row) -> data.ImageData:
         """A row's images, read once by a process."""
         return scales.images(row.dataset, self.scale, self.root, row.reverse)
+
+    def samples(self, row: Row) -> data.ImageData | events.EventData:
+        """A row's images or event frames."""
+        framing = scales.reverse_kd(row, self.scale, 0).framing if row.reverse else None
+        if framing is None:
+            return self.images(row)
+        return scales.recordings(row.dataset, framing, self.scale == "full", self.root)
 
     def teacher(self, row: Row) -> nn.Module:
         """The teacher of a row's network, of seed 0 for all seeds; trained where it is not there yet.
@@ -128,27 +137,28 @@ class TableRunner:
         """Whether a row's result is there."""
         return (self.folder(row, seed) / folder_name(row.method) / "result.json").exists()
 
-    def work(self, job: tuple[str, tuple[Row, ...], int], device: str) -> None:
+    def work(self, job: tuple[str, list[Row], int], device: str) -> dict[tuple[str, int], str]:
         """Train a teacher or intermediate ANN that rows share, or run the rows of one run folder.
 
-        Raises:
-            Exception: the first error of a row, after the others have been run.
+        Returns:
+            Errors of rows, by name and seed; the other rows have been run.
         """
         what, rows, seed = job
-        here = replace(self, device=device)
-        errors = []
+        here, failed = replace(self, device=device), {}
         for row in rows:
             try:
                 log.info("%s of %s, seed %d", what, row.name, seed)
-                if what == "rows":
-                    here.run(row, seed)
+                if what == "teacher":
+                    here.teacher(row)
+                elif what == "ann":
+                    here.ann(row, seed)
                 else:
-                    here.teacher(row) if what == "teacher" else here.ann(row, seed)
-            except Exception as error:
+                    here.run(row, seed)
+            except Exception as error:  # one row must not take the others' hours with it
                 log.exception("%s of %s, seed %d failed", what, row.name, seed)
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                if what == "rows":  # those that need a teacher or ANN say so themselves
+                    failed[row.name, seed] = f"{type(error).__name__}: {error}"
+        return failed
 
     def _run_reverse(self, row: Row, seed: int) -> Mapping[str, object]:
         settings = scales.reverse_kd(row, self.scale, seed)
@@ -156,12 +166,10 @@ class TableRunner:
         recipe = replace(
             settings.recipe, ratios=(float(ratio),) if kind == "sparse" else (), default=kind == "default"
         )
-        if settings.framing is None:
-            loaded = self.images(row)
-        else:
-            loaded = scales.recordings(row.dataset, settings.framing, self.scale == "full", self.root)
-        study = ReversePipeline(recipe, loaded, self.folder(row, seed), settings.encoder(), self.device)
-        return study.run()[row.method]
+        folder = self.folder(row, seed)
+        return ReversePipeline(recipe, self.samples(row), folder, settings.encoder(), self.device).run()[
+            row.method
+        ]
 
 
 def snn_teacher_of(row: Row, scale: Scale) -> Row:
@@ -219,7 +227,9 @@ def reproduce(
         None if teacher_checkpoint is None else Path(teacher_checkpoint),
         devices[0],
     )
+    _check_data(runner, chosen)
     runner.run_dir.mkdir(parents=True, exist_ok=True)
+    log.info("table %s at scale %s: %d rows, %d seeds of each", table, scale, len(chosen), seeds)
     failed = _run_all(runner, chosen, seeds, devices, processes or len(devices))
     results: Results = {}
     for row in chosen:
@@ -235,6 +245,23 @@ def reproduce(
             f"{len(failed)} of {len(chosen) * seeds} rows failed (the others are kept): {listed}"
         )
     return text
+
+
+def _check_data(runner: TableRunner, rows: Sequence[Row]) -> None:
+    """Load every data set once, before anything is trained.
+
+    Raises:
+        ExperimentError: with a line for each data set that is missing or damaged.
+    """
+    missing = {}
+    for row in {(row.dataset, row.reverse): row for row in rows}.values():
+        try:
+            runner.samples(row)
+        except (OSError, ValueError, ImportError) as error:
+            missing.setdefault(row.dataset, str(error).splitlines()[0])
+    if missing:
+        listed = "".join(f"\n  {name}: {error}" for name, error in missing.items())
+        raise ExperimentError(f"{len(missing)} data sets are missing, and nothing was run:{listed}")
 
 
 def choose(table: str, names: Iterable[str] = (), scale: Scale = "small") -> list[Row]:
@@ -301,8 +328,12 @@ def _run_all(
 ) -> dict[tuple[str, int], str]:
     """Run everything; returns why rows failed, by name and seed."""
     failed: dict[tuple[str, int], str] = {}
-    for jobs in _phases(runner, rows, seeds):
-        for (what, chosen, seed), error in run_jobs(runner.work, jobs, devices, processes):
-            if error is not None and what == "rows":
-                failed |= {(row.name, seed): error for row in chosen if not runner.finished(row, seed)}
+    phases = _phases(runner, rows, seeds)
+    begun, done, total = time.monotonic(), 0, sum(map(len, phases))
+    for jobs in phases:
+        for (_, chosen, seed), errors, error in run_jobs(runner.work, jobs, devices, processes):
+            failed |= errors if error is None else {(row.name, seed): error for row in chosen}
+            done += 1
+            left = (time.monotonic() - begun) / done * (total - done) / 60
+            log.info("%d of %d jobs done, about %.0f minutes left", done, total, left)
     return failed

@@ -23,6 +23,8 @@ from .recipes import Recipe, ReverseRecipe
 
 log = logging.getLogger(__name__)
 
+ABOUT = "about.json"  # what a run folder was made by and of
+
 
 class Data(Protocol):
     """Interface of :class:`~lasnn_sj.data.ImageData` and :class:`~lasnn_sj.data.EventData`."""
@@ -96,6 +98,7 @@ class Runner:
             prepare()
             folder = self.run_dir / folder_name(name)
             folder.mkdir(exist_ok=True)
+            self._describe()
             log.info("%s of %s", name, self.run_dir)
             # A stage's result must not depend on which others this process has run.
             random_state.seed_everything(self.recipe.seed)
@@ -104,6 +107,15 @@ class Runner:
             result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
             files.write_json(folder / "result.json", result)
         return result
+
+    def _describe(self) -> None:
+        d = self.data
+        about = {
+            "kind": type(self).__name__, "data": d.name, "num_classes": d.num_classes,
+            "in_channels": d.in_channels, "image_size": d.image_size, "test": len(d.test),
+        }  # fmt: skip
+        if files.read_json(self.run_dir / ABOUT) != about:
+            files.write_json(self.run_dir / ABOUT, about)
 
     def _fit(self, trainer: Trainer, epochs: int, batch: int) -> dict[str, float]:
         """Train to the end and keep the weights; returns the median seconds of an epoch."""

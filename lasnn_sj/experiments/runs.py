@@ -21,11 +21,11 @@ from ..data.encoding import DirectEncoder
 from ..data.images import ImageData
 from ..neurons import disable_malloc_trim
 from ..runtime import files
-from ..training.evaluation import evaluate
 from . import config, pipeline, reverse
 from .recipes import Recipe, ReverseRecipe
 
 FILE = "config.yaml"
+CONFIGS = Path(__file__).parent / "configs"  # of the package
 FRACTION = ("lie in [0, 1]", lambda n: 0 <= n <= 1)
 # What would else be refused hours later, by the stage that needs it: names of numbers, bounds, test.
 LIMITS = {
@@ -103,12 +103,6 @@ class Experiment(ABC):
             print(f"\n{self.title()}\n{text}")
         return results
 
-    def evaluate(self, seed: int, row: str) -> dict[str, float]:
-        """Loss and accuracy on the test data of a row's trained student."""
-        student = self.student(seed, row)
-        test = self.data.test_loader(self.recipe.batch, self.recipe.workers)
-        return evaluate(student, test, self._encoder(seed), device=self.device)
-
     def student(self, seed: int, row: str) -> nn.Module:
         """A row's trained student.
 
@@ -117,6 +111,11 @@ class Experiment(ABC):
             ValueError: the device is not there.
         """
         self._check_device()
+        self.must_be_finished(seed, row)
+        return self.part(seed).student(row)
+
+    def must_be_finished(self, seed: int, row: str) -> None:
+        """Raise :class:`FileNotFoundError` where there is no trained student of a row."""
         done = self.finished(seed)
         if row not in done:
             what = "keeps no network of" if self._row(row.replace(" ", "_")) is None else "has no finished"
@@ -124,7 +123,6 @@ class Experiment(ABC):
                 f"{self.run_dir} {what} {row!r} of seed {seed}; finished are {', '.join(done) or 'none'}"
                 + ("" if what.startswith("keeps") else ". Train again to finish what is missing")
             )
-        return self.part(seed).student(row)
 
     def finished(self, seed: int) -> list[str]:
         """Rows of a seed that have a trained spiking network and its result."""
@@ -385,9 +383,15 @@ def hold_out(loaded: ImageData | events.EventData, held_out: int | None) -> Imag
 def read(path: str | Path) -> Experiment:
     """The run that a YAML file describes; ``method`` says which of :func:`methods` it is.
 
+    Args:
+        path: the file, or the name of one of the package's configurations.
+
     Raises:
         ConfigError: the file cannot be read, or a key or value in it is wrong; the message names it.
     """
+    path = Path(path)
+    if not path.is_file() and (CONFIGS / f"{path.stem}.yaml").is_file():
+        path = CONFIGS / f"{path.stem}.yaml"
     mapping = config.read(path)
     method = mapping.pop("method", None)
     known = methods()

@@ -491,7 +491,7 @@ def test_a_study_has_its_rows_in_order(tmp_path, undrawn):
         write(tmp_path / row / "result.json", {"top1": top1, "loss": 1.5, "teacher_top1": 30})
     table = Page(report(tmp_path)).table("Results on the test data")
     assert [(name, row["points over student alone"]) for name, row in table.items()] == [
-        ("student alone", ""), ("sparse-KD, pruned 0", "-1.50"), ("sparse-KD, pruned 0.5", "-1.00"),
+        ("student alone", ""), ("self-KD (teacher not pruned)", "-1.50"), ("sparse-KD, pruned 0.5", "-1.00"),
         ("teacher-default KD", "+1.00"),
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from lasnn_sj.data.images import Images, labels_of
 from lasnn_sj.experiments import compare, jobs, pipeline, runs, text
 from lasnn_sj.experiments.config import ConfigError
 
-CONFIG = Path(__file__).parents[2] / "examples" / "configs" / "compare_digits.yaml"
+CONFIG = runs.CONFIGS / "compare_digits.yaml"
 ROWS = {"hybrid": "CrossEntropy()", "label KD": "LabelKD(temperature=2.0)"}
 
 
@@ -33,8 +33,8 @@ def finished(tmp_path_factory):
 
 
 def test_the_example_runs_from_the_command_line(tmp_path, capsys):
-    cli.main(["compare", str(CONFIG), "--run-dir", str(tmp_path), "--recipe.epochs", "1", "--seeds", "3", "4",
-              "--recipe.ann-epochs", "2", "--processes", "1"])  # fmt: skip
+    cli.main(["compare", "compare_digits", "--run-dir", str(tmp_path), "--recipe.epochs", "1",
+              "--recipe.ann-epochs", "2", "--seeds", "3", "4", "--processes", "1"])  # fmt: skip
     printed = capsys.readouterr().out
     table = (tmp_path / "table.md").read_text()
     assert table in printed
@@ -190,9 +190,10 @@ def test_files_that_are_not_there_or_not_the_student(tmp_path):
 def double(job, device):
     if job == 3:
         raise ValueError("three")
+    return 2 * job
 
 
 def test_jobs_in_two_processes():
-    done = dict(jobs.run_jobs(double, [1, 2, 3, 4], ["cpu"], 2))
-    assert done == {1: None, 2: None, 3: "ValueError: three", 4: None}
-    assert dict(jobs.run_jobs(double, [3], ["cpu"], 2)) == {3: "ValueError: three"}
+    done = sorted(jobs.run_jobs(double, [1, 2, 3, 4], ["cpu"], 2))
+    assert done == [(1, 2, None), (2, 4, None), (3, None, "ValueError: three"), (4, 8, None)]
+    assert list(jobs.run_jobs(double, [3], ["cpu"], 2)) == [(3, None, "ValueError: three")]

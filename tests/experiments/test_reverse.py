@@ -400,7 +400,7 @@ def test_the_table_by_hand(tmp_path):
         "seconds",
     ]
     assert lines[2] == ["student alone", "", "52.00 ± 2.83", "", "1"]
-    assert lines[3] == ["sparse-KD, teacher pruned 0.3", "42.00 ± 2.83", "52.50 ± 0.71", "+0.50 ± 2.12", "2"]
+    assert lines[3] == ["sparse-KD, pruned 0.3", "42.00 ± 2.83", "52.50 ± 0.71", "+0.50 ± 2.12", "2"]
     assert reverse.title("sparse 0") == "self-KD (teacher not pruned)"
     reverse.write_csv(tmp_path / "table.csv", runs)
     assert (tmp_path / "table.csv").read_text().splitlines()[2] == "0,sparse 0.3,40.0,52.0,,,2"

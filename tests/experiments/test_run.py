@@ -126,9 +126,19 @@ def test_what_does_not_exist_is_listed(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_missing_data_set_says_what_would_do(tmp_path):
-    with pytest.raises(ExperimentError, match="tiny-imagenet-200.* is not an unpacked tiny-imagenet-200"):
-        reproduce("II", ["tiny-imagenet"], "small", 1, root=tmp_path, run_dir=tmp_path / "runs")
+def test_missing_data_sets_are_named_in_a_line_each_before_anything_is_trained(tmp_path, monkeypatch):
+    def absent(name, root, augment, download):
+        raise FileNotFoundError(f"{name} could not be read from {root}")
+
+    monkeypatch.setattr("lasnn_sj.data.images._cifar", absent)
+    with pytest.raises(ExperimentError) as stopped:
+        reproduce("II", scale="full", seeds=1, root=tmp_path, run_dir=tmp_path / "runs")
+    first, *lines = str(stopped.value).splitlines()
+    assert first == "3 data sets are missing, and nothing was run:"
+    assert lines[0] == f"  cifar10: cifar10 could not be read from {tmp_path}"
+    assert [line.split(":")[0].strip() for line in lines] == ["cifar10", "cifar100", "tiny-imagenet"]
+    assert "is not an unpacked tiny-imagenet-200" in lines[2]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_of_other_settings_is_refused(finished, tmp_path):

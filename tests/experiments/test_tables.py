@@ -3,8 +3,8 @@
 import pytest
 
 from lasnn_sj import models
+from lasnn_sj.analysis.stages import STAGES
 from lasnn_sj.experiments import TABLES
-from lasnn_sj.experiments.pipeline import TITLES
 from lasnn_sj.experiments.tables import BEST_TEACHER
 
 ROWS = [(name, row) for name, table in TABLES.items() for row in table.rows]
@@ -23,7 +23,7 @@ def test_every_table_and_figure_is_there():
 @pytest.mark.parametrize(("table", "row"), ROWS, ids=[f"{table}-{row.name}" for table, row in ROWS])
 def test_a_row_can_be_built(table, row):
     assert hasattr(models, row.net)
-    assert row.reverse or row.method in TITLES
+    assert row.reverse or row.method in STAGES
     assert row.paper is None or 0 < row.paper < 100
     assert row.paper is not None or row.note or "not printed" in TABLES[table].title
 
