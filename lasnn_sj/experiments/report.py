@@ -72,6 +72,9 @@ def markdown(
 
 
 def _line(row: Row, scale: Scale, found: Sequence[Mapping], head: Sequence[str], reduced: bool) -> list[str]:
+    if row.cited:
+        shown = {"row": row.name, "paper, top-1 %": f"{row.paper:.2f}", "T": str(row.T), "seeds": "0"}
+        return [shown.get(column, "") for column in head] + [""] * reduced + [row.note]
     settings = (scales.reverse_kd if row.reverse else scales.lasnn)(row, scale, 0)
     T = settings.T if row.reverse else settings.recipe.T * STAGES[row.method].steps
     top1 = [r["top1"] for r in found]
@@ -82,13 +85,24 @@ def _line(row: Row, scale: Scale, found: Sequence[Mapping], head: Sequence[str],
         "seeds": str(len(found)),
         "difference": "" if row.paper is None or not top1 else f"{statistics.mean(top1) - row.paper:+.2f}",
         "T": "" if row.method == "ann" else str(T),
-        "s/epoch": text.mean([r.get("seconds_per_epoch") for r in found], ".1f"),
-        "peak MiB": text.mean([r.get("peak_memory_mib") for r in found], ".0f"),
-        "spikes/neuron": text.mean([r.get("spikes_per_neuron") for r in found], ".2f")
-        + (f" (paper {row.paper_spikes:g})" if row.paper_spikes else ""),
+        "s/epoch": text.mean([r.get("seconds_per_epoch") for r in found], ".1f")
+        + (f" (paper {60 * row.paper_minutes:g})" if row.paper_minutes else ""),
+        "peak MiB": text.mean([r.get("peak_memory_mib") for r in found], ".0f")
+        + (f" (paper {row.paper_gb:g} GB)" if row.paper_gb else ""),
+        "spikes/neuron": text.mean([r.get("spikes_per_neuron") for r in found], ".2f"),
     }
     line = [cells.get(column, text.spread(top1)) for column in head]
-    return [*line, settings.reduced, row.note] if reduced else [*line, row.note]
+    note = "; ".join(part for part in (row.note, _spikes_note(row)) if part)
+    return [*line, settings.reduced, note] if reduced else [*line, note]
+
+
+def _spikes_note(row: Row) -> str:
+    if row.paper_spikes is None:
+        return ""
+    said = f"paper prints {row.paper_spikes:g} mean spikes"
+    if row.paper_spikes > row.T:  # one neuron fires at most once in a step
+        said += f", more than one neuron can fire in T = {row.T} steps (perhaps a sum over layers)"
+    return said
 
 
 def _teachers(row: Row, found: Sequence[Mapping]) -> str:

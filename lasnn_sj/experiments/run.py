@@ -227,12 +227,13 @@ def reproduce(
         None if teacher_checkpoint is None else Path(teacher_checkpoint),
         devices[0],
     )
-    _check_data(runner, chosen)
+    rows = [row for row in chosen if not row.cited]
+    _check_data(runner, rows)
     runner.run_dir.mkdir(parents=True, exist_ok=True)
-    log.info("table %s at scale %s: %d rows, %d seeds of each", table, scale, len(chosen), seeds)
-    failed = _run_all(runner, chosen, seeds, devices, processes or len(devices))
+    log.info("table %s at scale %s: %d rows, %d seeds of each", table, scale, len(rows), seeds)
+    failed = _run_all(runner, rows, seeds, devices, processes or len(devices))
     results: Results = {}
-    for row in chosen:
+    for row in rows:
         for seed in range(seeds):
             if (row.name, seed) not in failed:
                 results[row, seed] = runner.run(row, seed)
@@ -242,7 +243,7 @@ def reproduce(
     if failed:
         listed = "; ".join(f"{name}, seed {seed}: {why}" for (name, seed), why in failed.items())
         raise ExperimentError(
-            f"{len(failed)} of {len(chosen) * seeds} rows failed (the others are kept): {listed}"
+            f"{len(failed)} of {len(rows) * seeds} rows failed (the others are kept): {listed}"
         )
     return text
 
