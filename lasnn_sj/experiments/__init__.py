@@ -2,7 +2,7 @@
 
 from .compare import Comparison
 from .pipeline import Pipeline
-from .recipes import Recipe, ReverseRecipe
+from .recipes import Recipe, ReverseRecipe, rathi
 from .reverse import ReversePipeline
 from .run import ExperimentError, reproduce
 from .tables import TABLES, Row, Table
@@ -17,5 +17,6 @@ __all__ = [
     "ReverseRecipe",
     "Row",
     "Table",
+    "rathi",
     "reproduce",
 ]

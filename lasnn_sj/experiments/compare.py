@@ -30,7 +30,7 @@ from ..distillation import Objective, parse_objective
 from ..runtime.files import check_settings, write
 from . import config, pipeline, runs, text
 from .jobs import default_processes, run_jobs
-from .recipes import Recipe
+from .recipes import Recipe, described
 from .run import ExperimentError
 from .runner import folder_name
 
@@ -227,7 +227,8 @@ class Comparison(runs.Experiment):
             if path is not None:
                 _must_be_there("ann_weights" if key == "ann" else "teacher_checkpoint", path)
         digests = {k: p and hashlib.sha256(p.read_bytes()).hexdigest()[:16] for k, p in files.items()}
-        return {k: v for k, v in own.items() if k not in free} | digests | {"data": self.data.name}
+        more = digests | {"data": self.data.name, "recipe": described(self.recipe)}
+        return {k: v for k, v in own.items() if k not in free} | more
 
     def _load(self) -> ImageData:
         return data.load(self.source, self.root)

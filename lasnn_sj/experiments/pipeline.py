@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from ..training.evaluation import evaluate
 from ..training.options import TrainingOptions
 from ..training.trainer import Trainer
 from . import text
-from .recipes import Recipe
+from .recipes import Recipe, described
 from .runner import Runner, folder_name
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class Pipeline(Runner):
             "validation_images": 0 if data.validation is None else len(data.validation),
             "given_ann": ann is not None,
         }
-        super().__init__(recipe, data, run_dir, device, asdict(recipe) | counted)
+        super().__init__(recipe, data, run_dir, device, described(recipe) | counted)
         self._given, self._ann, self._snn_teacher = (
             None if net is None else net.to(self.device) for net in (teacher, ann, snn_teacher)
         )
@@ -249,7 +248,7 @@ class Pipeline(Runner):
         r = self.recipe
         check_settings(folder / "objective.json", {"objective": repr(objective)})
         snn = self.student("start")
-        optimizer = Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay)
+        optimizer = Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay, amsgrad=r.amsgrad)
         trainer = Trainer(
             snn,
             objective,
@@ -299,9 +298,12 @@ class Pipeline(Runner):
         r, d = self.recipe, self.data
         random_state.seed_everything(r.seed + 1)
         build = getattr(models, r.student)
-        return build(
-            d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout
-        ).to(self.device)
+        net = build(d.num_classes, d.in_channels, d.image_size, r.width, spiking=False, dropout=r.dropout)
+        if r.classifier_dropout is not None and hasattr(net, "classifier"):
+            for module in net.classifier.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = r.classifier_dropout
+        return net.to(self.device)
 
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
         path = self.run_dir / folder_name(stage) / "weights.safetensors"
@@ -337,8 +339,10 @@ def build_encoder(recipe: Recipe, device: torch.device | str, T: int | None = No
 
 
 def lr_factor(schedule: str, epochs: int, epoch: int) -> float:
-    """Factor of the learning rate in an epoch, 0 the first: 1, ``1 - epoch / epochs``, or half a cosine."""
+    """Factor of the learning rate in an epoch, 0 the first; see :class:`.Recipe`."""
     progress = epoch / epochs
+    if schedule == "steps":
+        return 0.1 ** sum(progress >= part for part in (0.4, 0.65, 0.85))
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[
         schedule
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 
@@ -20,6 +20,7 @@ class Recipe:
         leak: factor of the potential per time step (Eq. 1); 1 is no leak.
         gamma: height of the surrogate (Eq. 15).
         dropout: dropout probability of the student, as ANN and as SNN.
+        classifier_dropout: another one in the hidden layers of its classifier.
         teacher: ``"resnet20"``, ``"vgg16"`` or ``"densenet121"`` in CIFAR form.
         teacher_width: factor of the teacher's channels (not of DenseNet121's).
         teacher_epochs: of stage 1, the teacher's training by SGD.
@@ -37,9 +38,11 @@ class Recipe:
         epochs: of stage 3, the student's training by Adam; the baselines that train have the same.
         lr: learning rate of stage 3 in its first epoch.
         lr_schedule: learning rate over the epochs of stage 3: ``"constant"`` as in the paper, ``"linear"``
-            (``1 - e / E`` of it in epoch ``e`` of ``E``, from 0 on) or ``"cosine"``.
+            (``1 - e / E`` of it in epoch ``e`` of ``E``, from 0 on), ``"cosine"``, or ``"steps"`` (a tenth
+            after 40, 65 and 85 % of the epochs, as Rathi et al. have it).
         batch: images of a training step in stage 3.
         weight_decay: of stage 3.
+        amsgrad: use the AMSGrad variant of Adam in stage 3.
         precision: of convolutions and linear layers in stage 3.
         validate_every: epochs between evaluations on the validation images, in every stage that trains.
         seed: of weights, order of the images, codes and dropout.
@@ -55,6 +58,7 @@ class Recipe:
     leak: float = 0.99
     gamma: float = 0.3
     dropout: float = 0.2
+    classifier_dropout: float | None = None
     teacher: Literal["resnet20", "vgg16", "densenet121"] = "resnet20"
     teacher_width: float = 1.0
     teacher_epochs: int = 300
@@ -70,13 +74,29 @@ class Recipe:
     output_scale: bool = False
     epochs: int = 100
     lr: float = 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine", "steps"] = "constant"
     batch: int = 16
     weight_decay: float = 5e-4
+    amsgrad: bool = False
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     validate_every: int = 1
     seed: int = 0
     workers: int = 0
+
+
+def rathi(recipe: Recipe) -> Recipe:
+    """A recipe with the details of Rathi et al. (2020), on whose hybrid training LaSNN builds.
+
+    Dropout 0.5 in the classifier, AMSGrad, a tenth of the learning rate after 40, 65 and 85 % of the epochs,
+    and no leak. LaSNN's text mentions none of these.
+    """
+    return replace(recipe, classifier_dropout=0.5, amsgrad=True, lr_schedule="steps", leak=1.0)
+
+
+def described(recipe: Recipe) -> dict[str, object]:
+    """Settings for a run folder; options that came later are left out where they have their defaults."""
+    later = {"classifier_dropout": None, "amsgrad": False}
+    return {k: v for k, v in asdict(recipe).items() if k not in later or v != later[k]}
 
 
 @dataclass(frozen=True)

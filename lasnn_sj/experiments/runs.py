@@ -37,7 +37,7 @@ LIMITS = {
          "be at least 1", lambda n: n >= 1),
         ("width teacher_width lr teacher_lr ann_lr gamma threshold_scale temperature default_temperature",
          "be above 0", lambda n: n > 0),
-        ("dropout ratios", "lie in [0, 1)", lambda n: 0 <= n < 1),
+        ("dropout classifier_dropout ratios", "lie in [0, 1)", lambda n: 0 <= n < 1),
         ("leak default_probability default_alpha", *FRACTION),
         ("threshold_statistic", 'be "max" or lie in (0, 100]', lambda n: 0 < n <= 100),
     )

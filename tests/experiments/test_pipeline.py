@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
+from spikingjelly.activation_based.layer import Dropout
 
 from lasnn_sj import models
 from lasnn_sj.data import images as data
 from lasnn_sj.experiments.pipeline import DEFAULT as STAGES
-from lasnn_sj.experiments.pipeline import Pipeline, Recipe, table
+from lasnn_sj.experiments.pipeline import Pipeline, Recipe, lr_factor, table
+from lasnn_sj.experiments.recipes import described, rathi
 from lasnn_sj.neurons import LIFNode
 from lasnn_sj.runtime import FolderLock, LockError
 from lasnn_sj.runtime.cost import Cost
@@ -284,3 +286,28 @@ def test_nothing_is_written_through_a_link(finished, digits, tmp_path, what):
     else:
         pipeline.run(["start"])
         assert outside.read_text() == "precious"
+
+
+def test_the_preset_of_rathi_et_al(digits, tmp_path):
+    """Dropout 0.5 in the classifier alone, AMSGrad, no leak, tenths after 40, 65 and 85 % of the epochs."""
+    recipe = rathi(dataclasses.replace(TINY, ann_epochs=1))
+    pipeline = Pipeline(recipe, digits, tmp_path)
+    pipeline.run(["hybrid"])
+    student = pipeline.student("hybrid")
+    assert {m.p for m in student.classifier.modules() if isinstance(m, Dropout)} == {0.5}
+    vgg5 = Pipeline(dataclasses.replace(recipe, student="vgg5"), digits, tmp_path / "vgg5")._build_ann()
+    p = {name.split(".")[0]: m.p for name, m in vgg5.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert p == {"features": 0.2, "classifier": 0.5}
+    assert {m.leak for m in student.modules() if isinstance(m, LIFNode)} == {1.0}
+    settings = json.loads((tmp_path / "hybrid" / "settings.json").read_text())
+    assert settings["hyperparameters"]["amsgrad"] is True
+    factors = [lr_factor("steps", 20, epoch) for epoch in range(20)]
+    assert factors == pytest.approx([1.0] * 8 + [0.1] * 5 + [0.01] * 4 + [0.001] * 3)
+    assert "classifier_dropout" not in described(TINY)  # folders from before the option are still known
+
+
+@pytest.mark.parametrize(("schedule", "wanted"), [
+    ("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447]),
+])  # fmt: skip
+def test_learning_rates_of_four_epochs_by_hand(schedule, wanted):
+    assert [lr_factor(schedule, 4, epoch) for epoch in range(4)] == pytest.approx(wanted, rel=1e-5)
