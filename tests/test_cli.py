@@ -16,7 +16,7 @@ from lasnn_sj import __main__ as cli
 from lasnn_sj import models
 from lasnn_sj.data.events import Framing
 from lasnn_sj.experiments import config, reverse, runs
-from lasnn_sj.experiments.pipeline import Recipe
+from lasnn_sj.experiments.recipes import Recipe, rathi
 
 CONFIGS = sorted(runs.CONFIGS.glob("*.yaml"))
 SIZES = {
@@ -421,3 +421,8 @@ def test_configurations_of_the_package_are_found_by_name(monkeypatch):
     assert (seen[0].source, seen[0].recipe.T) == ("digits", 7)
     with pytest.raises(SystemExit, match=r"smoke_digit is not there; did you mean smoke_digits"):
         cli.main(["train", "smoke_digit"])
+
+
+def test_the_configuration_of_rathi_et_al_is_the_preset():
+    plain = runs.read("lasnn_cifar10_vgg5_poisson_activation").recipe
+    assert runs.read("lasnn_cifar10_vgg5_rathi").recipe == rathi(plain)
