@@ -63,7 +63,7 @@ def evaluate(
     rows: Positional[tuple[str, ...]] = (),
     source: str | None = None,
     root: Path = Path("data"),
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Print the accuracy of trained students on their test data.
 
@@ -72,15 +72,16 @@ def evaluate(
         rows: which of its students, such as lasnn, hybrid, alone, "sparse 0.3"; the run's own if not given.
         source: data set or .npz file, where the folder does not say.
         root: folder of the data sets, where the folder does not say.
-        device: "cpu", "cuda", ...
+        device: "cpu", "cuda", ...; the run's if not given.
     """
     from .experiments.folders import students
 
     found = students(run_dir, rows, source, root)
     several = len({(one.seed, one.row) for one in found}) < len(found)
-    print("seed  row                  top-1 %   loss     samples" + several * "  folder")
     for one in found:
         result = one.evaluate(device)
+        if one is found[0]:
+            print("seed  row                  top-1 %   loss     samples" + several * "  folder")
         seed = "" if one.seed is None else one.seed
         line = f"{seed:<5} {one.row:<20} {result['top1']:<9.2f} {result['loss']:<8.4f} {result['samples']}"
         print(line + several * f"     {one.folder}")

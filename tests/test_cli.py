@@ -402,7 +402,7 @@ def test_every_folder_that_is_written_can_be_evaluated(trained, tmp_path, capsys
     shutil.copy(folder / "seed3" / "lasnn" / "settings.json", tmp_path / "settings.json")
     for path in ("reproduced", "reverse", "pretrained"):
         shutil.rmtree(tmp_path / path)
-    with pytest.raises(SystemExit, match=r"written by a trainer alone, .* save_pretrained\(FOLDER\) writes"):
+    with pytest.raises(SystemExit, match=r"written by a trainer alone, .*save_pretrained\(FOLDER\) writes"):
         cli.main(["evaluate", str(tmp_path)])
 
 

@@ -40,6 +40,7 @@ class Student:
         sample_shape: channels, height and width of its input at each step.
         load: builds network and encoder on a device.
         test: makes batches of the run's test data.
+        device: of its run.
     """
 
     folder: Path
@@ -48,9 +49,11 @@ class Student:
     sample_shape: tuple[int, int, int]
     load: Callable[[str], tuple[nn.Module, nn.Module | None]]
     test: Callable[[], DataLoader]
+    device: str = "cpu"
 
-    def evaluate(self, device: str) -> dict[str, float]:
-        """Loss and accuracy on the run's test data."""
+    def evaluate(self, device: str | None = None) -> dict[str, float]:
+        """Loss and accuracy on the run's test data, on another device than the run's if given."""
+        device = device or self.device
         net, encoder = self.load(device)
         return evaluate(net, self.test(), encoder, device=device)
 
@@ -119,7 +122,7 @@ def _of_experiment(folder: Path, rows: Sequence[str]) -> list[Student]:
 
             run.must_be_finished(seed, row)
             test = partial(_test_of, run)
-            found.append(Student(where, row, seed, run.sample_shape, load, test))
+            found.append(Student(where, row, seed, run.sample_shape, load, test, run.device))
     return found
 
 
