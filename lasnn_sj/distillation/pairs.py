@@ -294,6 +294,16 @@ def choose_layers(student: nn.Module, encoded: Tensor) -> list[Pair]:
     ]
 
 
+def _refuse_swapped(student: nn.Module, teacher: nn.Module, names: Sequence[tuple[str, str]]) -> None:
+    own, theirs = ({name for name, _ in net.named_modules()} for net in (student, teacher))
+    for mine, other in names:
+        if mine not in own and mine in theirs and other not in theirs and other in own:
+            raise TapError(
+                f"student tap '{mine}' matches no module of {type(student).__name__}; it is one of the "
+                f"teacher's: pairs are (student, teacher)"
+            )
+
+
 def choose_pairs(
     student: nn.Module,
     teacher: nn.Module,
@@ -331,6 +341,7 @@ def choose_pairs(
     functional.reset_net(student)
     of_teacher = {entry.name: entry for entry in _probe(teacher, images, lead=1)}
     if names is not None:
+        _refuse_swapped(student, teacher, names)
         return [
             _named_pair(student, teacher, of_student, of_teacher, *pair, level=str(number))
             for number, pair in enumerate(names)

@@ -4,9 +4,10 @@ from ..models.readout import BatchError
 from .callbacks import Callback, TensorBoard
 from .checkpoint import CheckpointError
 from .evaluation import accuracy_over_time, evaluate
+from .lasnn import LaSNNTrainer
 from .nonfinite import NonFiniteError
 from .options import TrainingOptions
-from .trainer import LaSNNTrainer, Trainer
+from .trainer import Trainer
 
 __all__ = [
     "BatchError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from ..data.late_checks import require
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed
 from .dataloader import evaluation_share
+from .silence import silent, warn_of_silence, watched
 
 
 @contextmanager
@@ -98,8 +99,11 @@ def evaluate(
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)
-            scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, by_step)
+            with nullcontext({}) if index else watched(model) as fired:
+                scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, by_step)
             functional.reset_net(model)
+            if silent(fired):
+                warn_of_silence(silent(fired), len(labels))
             check_labels(labels, scores.shape[1], where)
             labels = labels.to(device)
             if over_time:
@@ -214,6 +218,11 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
     if labels.dim() != 1 or labels.numel() == 0 or labels.is_floating_point():
         raise BatchError(
             f"{where}: labels must be whole numbers [N] with N >= 1, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if images.dtype == torch.uint8:
+        raise BatchError(
+            f"{where}: images are uint8, networks take floats in [-1, 1]; give the data set "
+            f"lasnn_sj.data.transforms, or images.float() / 127.5 - 1"
         )
     finite = torch.isfinite(images).movedim(batch_axis(images, labels), 0)
 

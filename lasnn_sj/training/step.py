@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.late_checks import LateChecks, require
-from ..distillation.objective import Look, Needs, Signals, needs_of, own_parameters, parts_of
+from ..distillation.objective import Needs, Signals, own_parameters, parts_of
 from ..distillation.taps import ChunkTaps, StudentTaps
 from ..distillation.teacher import TeacherForward
 from ..models.readout import class_scores, resolve_readout
@@ -22,6 +22,7 @@ from ..runtime import distributed
 from . import nonfinite
 from .evaluation import batch_axis, evaluating
 from .forward import StudentForward
+from .look import look_at
 from .nonfinite import NonFiniteError
 
 if TYPE_CHECKING:
@@ -281,18 +282,12 @@ class TrainingStep:
         self.close()
         student, teacher, chunks = trainer.student, trainer.teacher, trainer.options.time_chunks
         axis = batch_axis(images, labels)
-        small = images.narrow(axis, 0, min(2, len(labels))).to(trainer.device)
         before = trainer.progress.random_state()  # looking must not change what is trained
         student.eval()
         functional.reset_net(student)
         try:
             with torch.no_grad():
-                encoded = small if trainer.encoder is None else trainer.encoder(small)
-                outputs = student(encoded)
-                num_classes = class_scores(outputs, small.shape[axis], trainer.readout).shape[1]
-                functional.reset_net(student)
-                look = Look(student, teacher, encoded, small, outputs, num_classes, chunks)
-                self._needs = needs_of(trainer.objective, look)
+                look, self._needs = look_at(trainer, images.to(trainer.device), axis)
         finally:
             functional.reset_net(student)
             student.train()
@@ -310,12 +305,12 @@ class TrainingStep:
         elif trainer.options.compile:
             forward.compile()
         if distributed.world_size() > 1:
-            unused = distributed.any_of([self._has_unused(encoded)], trainer.device)[0]
+            unused = distributed.any_of([self._has_unused(look.inputs)], trainer.device)[0]
             forward = DistributedDataParallel(forward, find_unused_parameters=unused)
             for parameter in own_parameters(trainer.objective):
                 distributed.take_from_main(parameter.data)
         self._accumulated = resolve_readout(student, "auto") == "last"
-        self._forward, self.num_classes = forward, num_classes
+        self._forward, self.num_classes = forward, look.num_classes
         self._prepared_for = trainer.objective
 
     def _has_unused(self, encoded: Tensor) -> bool:

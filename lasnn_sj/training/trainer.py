@@ -1,4 +1,4 @@
-"""The trainers: any network with any objective, and LaSNN's distillation."""
+"""The trainer of any network with any objective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..distillation.attention import Attention
 from ..distillation.objective import CrossEntropy, Objective, Sum, members, own_parameters, trained_modules
 from ..models.readout import BatchError, resolve_readout
 from ..runtime import distributed
@@ -87,19 +86,22 @@ class Trainer:
         options: TrainingOptions | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        checks.networks(student, teacher, encoder)
         self.objective = CrossEntropy() if objective is None else objective
         self.options = TrainingOptions() if options is None else options
         checks.teacher(teacher, self.objective)
         check_choice("readout", readout, ("auto", "last", "mean"))
         if self.options.time_chunks > 1:
             refuse_batch_norm(student)
-        device = torch.device(device) if device is not None else device_of(student)
+        device = checks.device(device_of(student) if device is None else device)
         if self.options.compile == "graph" and device.type != "cuda":
             raise ValueError(f'compile="graph" needs a CUDA device, got device {device}; use True or False')
         self.device = distributed.initialise(device)
+        if self.options.precision == "float16" and self.device.type == "cpu":
+            log.warning("precision='float16' is slower than 'float32' on a CPU, many times; give 'bfloat16'")
         self.student, self.teacher, self.encoder = student, teacher, encoder
         self.readout = resolve_readout(student, readout)
-        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.run_dir = checks.run_dir(run_dir)
         self.seed, self.callbacks, self.epochs = seed, list(callbacks), 1
         own = dict(trained_modules(self.objective))
         for module in (student, teacher, encoder, *own.values()):
@@ -317,6 +319,8 @@ class Trainer:
             where = f"batch {batch.position} of epoch {epoch.number}"
             with self._step.checking():
                 images, labels = check_batch(batch.content, where)
+                if self._step.num_classes is None:
+                    checks.time_axis(batches.loader, images, self.encoder)
                 self.prepare(images, labels)
                 check_labels(labels, self._step.num_classes, where)
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
@@ -450,68 +454,6 @@ class Trainer:
             "hyperparameters": json.loads(json.dumps(group)),
             "seed": self.seed,
         } | later
-
-
-class LaSNNTrainer(Trainer):
-    """Train a student by layer-wise distillation of a teacher's attention (LaSNN, Section III-B).
-
-    The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13) on the student's class scores; another ``objective``
-    takes the place of ``CE``. ``attention`` and ``alpha`` are a shorthand:
-    ``LaSNNTrainer(student, teacher, attention="gradient", alpha=0.5)`` is
-    ``Trainer(student, CrossEntropy() + Attention("gradient", alpha=0.5), teacher=teacher)``. Without a
-    teacher the loss is the cross-entropy alone: hybrid training of a converted SNN.
-
-    Args:
-        student: see :class:`Trainer`.
-        teacher: any module, ``[N, ...]`` images to logits ``[N, K]``. See
-            ``models.InputNormalization`` where it wants other input statistics than the student.
-        attention: ``"activation"`` (Eq. 5-8), ``"gradient"`` (Eq. 10-13) or ``None``; ``"auto"`` is
-            ``"activation"`` where a teacher is given and no objective is, else ``None``.
-        alpha: weight of the attention loss in the first epoch; it decays linearly to 0 in the last. See
-            :class:`~lasnn_sj.distillation.Attention` for other readings.
-        pairs: ``(student module, teacher module)`` names for each level; chosen by resolution and depth
-            and logged if not given.
-        objective: loss beside the attention, cross-entropy if not given.
-        **settings: further arguments of :class:`Trainer`: ``encoder``, ``optimizer``, ``scheduler``,
-            ``readout``, ``run_dir``, ``device``, ``seed``, ``options``, ``callbacks``.
-    """
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None = None,
-        *,
-        encoder: nn.Module | None = None,
-        attention: Literal["auto", "activation", "gradient"] | None = "auto",
-        alpha: float = 0.9,
-        pairs: Sequence[tuple[str, str]] | None = None,
-        objective: Objective | None = None,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
-        readout: Literal["auto", "last", "mean"] = "auto",
-        run_dir: str | Path | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-        options: TrainingOptions | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        if attention == "auto":
-            attention = "activation" if teacher is not None and objective is None else None
-        if attention is not None:
-            wanted = Attention(attention, alpha=alpha, pairs=pairs)
-            objective = Sum((CrossEntropy() if objective is None else objective, wanted))
-        super().__init__(
-            student, objective, teacher=teacher, encoder=encoder, optimizer=optimizer, scheduler=scheduler,
-            readout=readout, run_dir=run_dir, device=device, seed=seed, options=options, callbacks=callbacks,
-        )  # fmt: skip
-
-    @property
-    def pairs(self) -> list[tuple[str, str]] | None:
-        """``(student module, teacher module)`` of each level, once they are chosen."""
-        for one in self.members:
-            if isinstance(one, Attention) and one.chosen is not None:
-                return [(pair.student, pair.teacher) for pair in one.chosen]
-        return None
 
 
 def _described(objective: object) -> str:

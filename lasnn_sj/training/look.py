@@ -1,0 +1,178 @@
+"""A look at a small batch before training: what the networks make of it, and what is wrong with either."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from spikingjelly.activation_based import base, functional
+from torch import Tensor, nn
+
+from ..distillation.objective import Look, Needs, needs_of
+from ..models.readout import BatchError, class_scores
+from .silence import silent, warn_of_silence, watched
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+BRIGHTEST = 32.0  # of images that an encoder takes; normalised ones end at about 3
+FIRST = 32  # samples that a layer may be silent on
+
+
+def look_at(trainer: Trainer, images: Tensor, axis: int) -> tuple[Look, Needs]:
+    """Run the networks on two samples, say what is wrong, and ask the objective what it needs.
+
+    Args:
+        trainer: its student in evaluation mode, without gradients.
+        images: a batch as the loader gives it, on the training device.
+        axis: of the samples.
+
+    Raises:
+        BatchError: the student cannot take the batch, or gives no class scores.
+        ValueError: the teacher gives no logits.
+    """
+    student, teacher, encoder = trainer.student, trainer.teacher, trainer.encoder
+    small = images.narrow(axis, 0, min(2, images.shape[axis]))
+    if encoder is not None and small.is_floating_point() and float(small.abs().amax()) > BRIGHTEST:
+        log.warning(
+            "images reach %g, networks take pixels in [-1, 1]; divide by 127.5 and subtract 1, or give the "
+            "data set lasnn_sj.data.transforms",
+            float(small.abs().amax()),
+        )
+    state = trainer.progress.random_state()
+    encoded = small if encoder is None else encoder(small)
+    with watched(student) as fired, _single_steps(student, encoded):
+        try:
+            outputs = student(encoded)
+            scores = class_scores(outputs, small.shape[axis], trainer.readout)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            raise BatchError(f"{_first_line(error)}{_hints(trainer, images, axis)}") from error
+    functional.reset_net(student)
+    _check_memory(trainer, small, state, outputs)
+    if silent(fired) or not bool(scores.any()):
+        _name_silent(trainer, images, axis)
+    look = Look(student, teacher, encoded, small, outputs, scores.shape[1], trainer.options.time_chunks)
+    return look, _needs(trainer, look)
+
+
+def _name_silent(trainer: Trainer, images: Tensor, axis: int) -> None:
+    """Warn of layers that are silent on more samples too."""
+    state, samples = trainer.progress.random_state(), min(FIRST, images.shape[axis])
+    images = images.narrow(axis, 0, samples)
+    with watched(trainer.student) as fired:
+        outputs = trainer.student(images if trainer.encoder is None else trainer.encoder(images))
+    functional.reset_net(trainer.student)
+    trainer.progress.set_random_state(state)
+    names = silent(fired) + ([] if bool(outputs.any()) else ["the output"])
+    if names:
+        warn_of_silence(names, samples)
+
+
+def _check_memory(trainer: Trainer, small: Tensor, state: dict, outputs: Tensor) -> None:
+    """Warn where the same input gives another output after ``reset_net``."""
+    after = trainer.progress.random_state()
+    trainer.progress.set_random_state(state)
+    encoded = small if trainer.encoder is None else trainer.encoder(small)
+    again = trainer.student(encoded)
+    functional.reset_net(trainer.student)
+    trainer.progress.set_random_state(after)
+    same = again.shape == outputs.shape and torch.allclose(again, outputs, 1e-2, 1e-4, equal_nan=True)
+    if not same:
+        log.warning(
+            "the student gives another output for the same input after functional.reset_net: it keeps a "
+            "state that SpikingJelly does not reset (as snnTorch's neurons do); reset it in the student's "
+            "forward"
+        )
+
+
+@contextmanager
+def _single_steps(student: nn.Module, encoded: Tensor) -> Iterator[None]:
+    """Refuse layers in single-step mode that are given all time steps at once."""
+    found: list[str] = []
+
+    def hook_of(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].shape[:2] == encoded.shape[:2]:
+                found.append(name)
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(hook_of(name or "(itself)"))
+        for name, module in student.named_modules()
+        if _is_single_step(module) and len(encoded) > 1
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        raise BatchError(
+            f"the student's {', '.join(found[:4])} is in single-step mode and is given all time steps at "
+            f"once; call functional.set_step_mode(student, 'm')"
+        )
+
+
+def _is_single_step(module: nn.Module) -> bool:
+    """Whether a layer with a state takes one step; a network that loops over time holds such layers."""
+    if not isinstance(module, base.MemoryModule) or module.step_mode != "s":
+        return False
+    return sum(isinstance(part, base.MemoryModule) for part in module.modules()) == 1
+
+
+def _hints(trainer: Trainer, images: Tensor, axis: int) -> str:
+    """What would make a batch fit that the student cannot take."""
+    shape, hints = tuple(images.shape), [f"; the batch is {tuple(images.shape)}"]
+    single = [n for n, m in trainer.student.named_modules() if getattr(m, "step_mode", "m") == "s"]
+    spiking = any(isinstance(module, base.MemoryModule) for module in trainer.student.modules())
+    if images.dim() == 4 and shape[3] <= 4 < shape[1] == shape[2]:
+        hints.append("images look like [N, H, W, C], give [N, C, H, W]: images.permute(0, 3, 1, 2)")
+    elif trainer.encoder is None and images.dim() == 5 and axis == 0:
+        hints.append("frames look like [N, T, C, H, W], give [T, N, C, H, W]: images.transpose(0, 1)")
+    elif trainer.encoder is None and spiking and images.dim() <= 4:
+        hints.append("a spiking student takes [T, N, ...]: give the trainer encoder=DirectEncoder(T)")
+    elif single and trainer.encoder is not None:
+        hints.append(f"{single[0]} is in single-step mode: call functional.set_step_mode(student, 'm')")
+    return "; ".join(hints)
+
+
+def _needs(trainer: Trainer, look: Look) -> Needs:
+    """What the objective needs, of a teacher that can give it."""
+    theirs = None
+    if trainer.teacher is not None:
+        try:
+            theirs = trainer.teacher(look.images)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise BatchError(
+                f"the teacher cannot take images {tuple(look.images.shape)}: {_first_line(error)}"
+            ) from error
+    try:
+        needs = needs_of(trainer.objective, look)
+    except (AttributeError, TypeError):
+        _check_logits(theirs, look)
+        raise
+    if needs.teacher_logits or needs.teacher_gradients:
+        _check_logits(theirs, look)
+    return needs
+
+
+def _check_logits(logits: object, look: Look) -> None:
+    if logits is None or (isinstance(logits, Tensor) and logits.shape[1:] == (look.num_classes,)):
+        return
+    got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    raise ValueError(
+        f"the teacher must give logits [N, {look.num_classes}], as many classes as the student, got {got}; "
+        f"wrap it in a module that returns them"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,52 @@
+"""Layers that do not fire, by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def watched(student: nn.Module) -> Iterator[dict[str, bool]]:
+    """Whether each spiking layer gave anything but zeros, by name, of those that were called meanwhile."""
+    fired: dict[str, bool] = {}
+
+    def hook_of(name: str):
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, Tensor):
+                fired[name] = fired.get(name, False) or bool(output.any())
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(hook_of(name or "(itself)"))
+        for name, module in student.named_modules()
+        if isinstance(module, neuron.BaseNode)
+    ]
+    try:
+        yield fired
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def silent(fired: dict[str, bool]) -> list[str]:
+    """Layers that gave nothing but zeros."""
+    return [name for name, any_ in fired.items() if not any_]
+
+
+def warn_of_silence(names: list[str], samples: int) -> None:
+    """Name layers that do not fire, and what would do."""
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    log.warning(
+        "no spike on the first %d samples in %s: nothing passes and nothing is learned there; lower "
+        "v_threshold, balance the thresholds of a converted ANN (lasnn_sj.conversion), or add batch norm",
+        samples,
+        shown,
+    )
