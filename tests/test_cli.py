@@ -192,6 +192,12 @@ def test_what_a_run_folder_lacks_is_named(trained, tmp_path):
     ("method: reverse-events\naugment: maybe\nrecipe: {}", "augment must be true or false, got 'maybe'"),
     ("- a\n- b", "must hold keys and values, got list"),
     ("a: [", "is no YAML"),
+    ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", r"aliases \(.name\) are not allowed"),
+    ("a: 2024-13-45", "is no YAML"),
+    ("a: " + "9" * 5000, "is no YAML"),
+    ("a: 0b_", "is no YAML"),
+    ("? [a, b]\n: 1", "is no YAML|unknown key|has no method"),
+    ("[" * 10000, "is no YAML"),
     ("method: lasnn\nrecipe:\n  epochs: 3\n  T: 4\n  epochs: 5", "key epochs is there twice"),
     ("a: !!python/object/apply:os.system ['true']", "is no YAML"),
 ])  # fmt: skip

@@ -17,12 +17,24 @@ T = TypeVar("T")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
+LARGEST = 1 << 20  # bytes of a configuration
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file and the key."""
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice, of which PyYAML takes the last."""
+    """Refuses a key that stands in a mapping twice, of which PyYAML takes the last, and aliases.
+
+    Aliases of aliases make gigabytes of a few lines.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -49,8 +61,10 @@ def read(path: str | Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, known, n=3)
         raise ConfigError(f"{path} is not there" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = files.read_regular(path.resolve(), at_most=LARGEST).decode()
+        mapping = yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        # values such as 0b, 2024-13-01 or numbers of 5,000 digits raise every kind
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(mapping).__name__}")

@@ -84,8 +84,6 @@ def loaders(train: Iterable, validation: Iterable | None, scheduler: LRScheduler
             )
         if loader is not None and not isinstance(loader, Iterable):
             raise ValueError(f"{name} must give batches, got {type(loader).__name__}; give a DataLoader")
-    if validation is not None and _is_empty(validation):
-        raise BatchError("val_loader is empty, the evaluation loader gave no batch; give None for none")
     if isinstance(scheduler, ReduceLROnPlateau):
         if validation is None:
             raise ValueError(
@@ -97,6 +95,8 @@ def loaders(train: Iterable, validation: Iterable | None, scheduler: LRScheduler
                 f"scheduler is a ReduceLROnPlateau of mode {scheduler.mode!r}, but is stepped with the "
                 f"validation loss; give mode='min'"
             )
+    if validation is not None and _is_empty(validation):
+        raise BatchError("val_loader is empty, the evaluation loader gave no batch; give None for none")
 
 
 def time_axis(loader: Iterable, images: Tensor, encoder: nn.Module | None) -> None:

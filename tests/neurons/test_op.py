@@ -548,3 +548,20 @@ def test_falling_back_is_logged_once(caplog):
             time_loop(x, v, Dynamics(), LinearSurrogate())
     (record,) = caplog.records
     assert "SoftSign" in record.getMessage()
+
+
+@pytest.mark.parametrize(("name", "distance"), [("atan", 7.18), ("sigmoid", 1.90)])
+def test_slopes_below_half_a_byte_of_the_peak_are_zero_and_no_others(name, distance):
+    """``1 / (1 + (pi z)^2) = 1 / 510`` at z = 7.18; ``4 s (1 - s) = 1 / 510`` at 4 z = 7.62."""
+    inside, outside = 1 - 0.98 * distance, 1 - 1.02 * distance
+
+    def gradient(x, backend):
+        x = torch.tensor([[x]], requires_grad=True)
+        with use_backend(backend):
+            time_loop(x, torch.zeros(1), Dynamics(1.0, 1.0, "soft"), SURROGATES[name]).spikes.sum().backward()
+        return x.grad.item()
+
+    assert gradient(outside, "numba") == 0 < gradient(outside, "torch")
+    peak = {"atan": 1.0, "sigmoid": 1.0}[name]
+    assert gradient(inside, "numba") == pytest.approx(peak / 255)
+    assert gradient(inside, "numba") == pytest.approx(gradient(inside, "torch"), abs=peak / 510)

@@ -131,7 +131,7 @@ def test_an_objectives_part_is_not_replaced_by_the_attention():
 def test_loss_and_accuracy_are_means_over_samples():
     """20 images in batches of 7, 7 and 6, each in three pieces; a student that stays as it is."""
     student = small_student(dropout=0.0)
-    optimizer = torch.optim.SGD(student.parameters(), 0.0)
+    optimizer = torch.optim.SGD(student.parameters(), 1e-30)
     trainer = LaSNNTrainer(
         student, encoder=DirectEncoder(3), optimizer=optimizer, options=TrainingOptions(accumulate=3)
     )
