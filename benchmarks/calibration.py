@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Run:
-    """What is compared.
+    """Settings of the comparison.
 
     Attributes:
         checkpoint: the trained ResNet-20.

@@ -35,7 +35,7 @@ T = 100  # time steps over which a neuron's own bytes are spread
 
 @dataclass(frozen=True)
 class Usage:
-    """What ``ptxas`` reports of a kernel: registers a thread, bytes of stack, spills and shared memory."""
+    """Resources of a kernel, by ``ptxas``: registers a thread, bytes of stack, spills and shared memory."""
 
     registers: int
     stack_bytes: int

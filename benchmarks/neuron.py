@@ -132,7 +132,7 @@ def norse_lif() -> Callable[[Tensor], Tensor]:
 
 
 def layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
-    """What is compared, each made when its turn comes first."""
+    """Contestants of the comparison, each made at its first turn."""
     ours = {"cpu": "numba", "cuda": "cupy"}[device]
     return {
         REFERENCE: lambda: from_reset(stock_lif().to(device)),
@@ -148,7 +148,7 @@ def layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
 
 
 def bytes_moved(T: int, n: int, size: int) -> int:
-    """What our op must move: x, spikes, byte of slope; gradient, byte again, gradient of x."""
+    """Bytes that the op has to move: x, spikes, byte of slope; gradient, byte again, gradient of x."""
     return T * n * (2 * size + 1 + 2 * size + 1)
 
 

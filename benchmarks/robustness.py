@@ -1,4 +1,4 @@
-"""What a run survives: kills, damaged files, a full disk, lost workers; and 2,000 steps on end.
+"""Robustness of runs: kills, damaged files, a full disk, lost workers; and 2,000 steps on end.
 
     python benchmarks/robustness.py            # all of it, some minutes; also `make soak`
     python benchmarks/robustness.py kills --kills 20
@@ -124,7 +124,7 @@ def train_in_a_fork(folder: Path, epochs: int, workers: int, kill_after: int | N
 
 
 def content(folder: Path) -> dict[str, object]:
-    """What must not depend on kills: the last weights byte for byte, and the tables without times."""
+    """Results that must not depend on kills: the last weights byte for byte, and the tables without times."""
     last = sorted((folder / "checkpoints").iterdir())[-1]
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]

@@ -79,7 +79,7 @@ class Distillation(lightning.LightningModule):
 
 
 def main(epochs: int = 4, images: int | None = None) -> dict[str, float]:
-    """What Lightning logged last, ``top1`` in percent among it."""
+    """Return the last values that Lightning logged, ``top1`` in percent among them."""
     torch.manual_seed(0)
     digits = data.load("digits").subset(images)
     train_loader, test_loader = digits.loaders(batch_size=32)

@@ -244,7 +244,7 @@ def _remove_markup(*kinds: type) -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it, for people to read; a foreign error needs its traceback."""
+    """Return whether this package raised the error; other errors need their traceback."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return Path(__file__).parent in raised_in.parents
 

@@ -70,7 +70,7 @@ class Browser:
             self.events.append(self._read())
 
     def value(self, expression: str) -> object:
-        """What an expression gives on the page."""
+        """Evaluate an expression on the page."""
         result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")

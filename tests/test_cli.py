@@ -326,7 +326,7 @@ def test_help_of_a_configuration_says_units_and_values(capsys):
 
 @pytest.mark.parametrize("kind", [*runs.methods().values(), Recipe, reverse.ReverseRecipe, Framing])
 def test_every_option_has_words_of_its_own(kind):
-    """What ``--help`` prints: tyro finds a field's words by its name alone."""
+    """Text that ``--help`` prints: tyro finds a field's words by its name alone."""
     text = "".join(base.__doc__ or "" for base in kind.__mro__)
     without = [
         field.name

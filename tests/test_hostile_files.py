@@ -79,7 +79,7 @@ class Watched:
             shutil.rmtree(self.base)
 
     def call(self, what, *arguments, refuses):
-        """What the call gives, or the message of an error of a documented kind."""
+        """Return the call's result, or the message of an error of a documented kind."""
         before = sorted(self.folder.rglob("*"))
         here = sorted(Path.cwd().iterdir())
         tracemalloc.start()

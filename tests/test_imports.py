@@ -80,6 +80,15 @@ def test_a_package_lists_its_public_names_once(package):
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
+@pytest.mark.parametrize("parts", FILES, ids=".".join)
+def test_docstrings_say_what_a_thing_is_or_does(parts):
+    nodes = ast.walk(ast.parse(FILES[parts].read_text()))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    opened = ("What ", "Where ", "How ", "Whether ", "Who ")
+    assert [text.partition("\n")[0] for text in found if text.startswith(opened)] == []
+
+
 def test_tonic_is_imported_in_one_module_at_most():
     assert len(users_of("tonic")) <= 1
 

@@ -41,7 +41,7 @@ class RecordingError(ValueError):
 
 @dataclass(frozen=True)
 class Framing:
-    """How a recording becomes frames.
+    """Settings that turn a recording into frames.
 
     Attributes:
         T: frames, the network's time steps.

@@ -62,7 +62,7 @@ class LateChecks:
         return torch.stack(self._failed)
 
     def fatal(self) -> Tensor:
-        """Whether a condition that is not skippable does not hold, bool scalar; not read."""
+        """Return, as a bool scalar that is not read, whether a condition fails that cannot be skipped."""
         fatal = [failed for failed, skippable in zip(self._failed, self._skippable) if not skippable]
         return torch.stack(fatal).any() if fatal else torch.zeros_like(self._failed[0])
 

@@ -67,7 +67,7 @@ class Needs:
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the teacher has to run."""
+        """True if the teacher has to run."""
         return bool(self.teacher_logits or self.teacher or self.teacher_gradients)
 
 
@@ -216,7 +216,7 @@ def members(objective: object) -> tuple[object, ...]:
 
 
 def needs_of(objective: object, look: Look) -> Needs:
-    """What an objective needs; one without ``prepare`` says it by its attribute ``needs_teacher``."""
+    """Ask an objective for its needs; without ``prepare`` they follow from ``needs_teacher``."""
     prepare = getattr(objective, "prepare", None)
     if prepare is None:
         return Needs(teacher_logits=bool(getattr(objective, "needs_teacher", False)))

@@ -100,7 +100,7 @@ class TemporalKD(_PerStep):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's term has a weight."""
+        """True if the teacher's term has a weight."""
         return self.alpha > 0
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") 
 
 
 def plain(value: object) -> Any:
-    """What :func:`build` reads, from a dataclass: mappings, lists, numbers and text."""
+    """Convert a dataclass to plain values that :func:`build` reads: mappings, lists, numbers and text."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):

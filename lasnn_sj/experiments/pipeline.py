@@ -266,7 +266,7 @@ class Pipeline(Runner):
         return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | cost
 
     def _examine(self, snn: nn.Module, T: int | None = None) -> dict[str, object]:
-        """What is said of an SNN: accuracy after each step, and spikes."""
+        """Evaluate an SNN: accuracy after each step, and spikes."""
         test = self._test(self.recipe.batch)
         result = evaluate(snn, test, self.encoder(T), device=self.device, chunk=CHUNK, over_time=True)
         seen = spike_statistics(snn, test, self.encoder(T), device=self.device, chunk=CHUNK)

@@ -101,7 +101,7 @@ def described(recipe: Recipe) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class ReverseRecipe:
-    """How the student is trained, alone and with each teacher; the paper's CIFAR-100 is the default.
+    """Settings of the student's training, alone and with each teacher; the paper's CIFAR-100 is the default.
 
     The paper gives neither optimiser nor temperatures and weights; those are ours (Yuan et al.'s for the
     virtual teacher).

@@ -38,7 +38,7 @@ class ExperimentError(ValueError):
 
 @dataclass(frozen=True)
 class TableRunner:
-    """Where and how a table is run; travels to the processes.
+    """Runs the rows of a table; is sent to worker processes.
 
     Attributes:
         scale: the size.
@@ -134,7 +134,7 @@ class TableRunner:
         )
 
     def finished(self, row: Row, seed: int) -> bool:
-        """Whether a row's result is there."""
+        """Return whether a row is finished."""
         return (self.folder(row, seed) / folder_name(row.method) / "result.json").exists()
 
     def work(self, job: tuple[str, list[Row], int], device: str) -> dict[tuple[str, int], str]:

@@ -1,4 +1,4 @@
-"""What a configuration describes and leaves in its folder: a recipe, its data, some seeds, one table."""
+"""Runs described by a configuration: a recipe, its data, some seeds, one table."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Experiment(ABC):
 
     @abstractmethod
     def part(self, seed: int) -> pipeline.Pipeline | reverse.ReversePipeline:
-        """What runs one seed."""
+        """Build the pipeline of one seed."""
 
     @abstractmethod
     def title(self) -> str:
@@ -259,7 +259,7 @@ class LaSNN(Experiment):
 
 
 class _Reverse(Experiment):
-    """What reverse distillation has in common on images and on event frames."""
+    """Base class of reverse distillation on images and on event frames."""
 
     limits: ClassVar[Mapping[str, tuple]] = LIMITS | {"alpha": FRACTION}
 
@@ -368,7 +368,7 @@ class ReverseOnEvents(_Reverse):
 
 
 def methods() -> dict[str, type[Experiment]]:
-    """What a YAML file can describe, by its ``method``."""
+    """Kinds of runs by the ``method`` of a YAML file."""
     from .compare import Comparison
 
     return {kind.method: kind for kind in (LaSNN, ReverseOnImages, ReverseOnEvents, Comparison)}

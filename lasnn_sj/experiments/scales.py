@@ -1,4 +1,4 @@
-"""How large a table is run: the paper's settings, two cores and an hour, or a test's seconds."""
+"""Sizes at which tables are run: the paper's settings, an hour on two cores, or seconds for a test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMOKE_REVERSE = ReverseRecipe(width=0.0625, epochs=1, batch=32)
 
 @dataclass(frozen=True)
 class Lasnn:
-    """What a row of LaSNN's tables is run with."""
+    """Settings of a row of LaSNN's tables."""
 
     recipe: Recipe
     reduced: str
@@ -46,7 +46,7 @@ class Lasnn:
 
 @dataclass(frozen=True)
 class Reverse:
-    """What a row of reverse distillation's tables is run with."""
+    """Settings of a row of reverse distillation's tables."""
 
     recipe: ReverseRecipe
     T: int

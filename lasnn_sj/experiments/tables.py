@@ -59,7 +59,7 @@ class Row:
 
     @property
     def reverse(self) -> bool:
-        """Whether the row is of the second paper."""
+        """True if the row belongs to the second paper."""
         return self.method.split()[0] in ("alone", "sparse", "default")
 
 

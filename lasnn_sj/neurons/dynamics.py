@@ -96,7 +96,7 @@ class LoopParameters(NamedTuple):
 
     @property
     def keep_fired(self) -> bool:
-        """Whether the backward pass needs to know which neurons fired, not only the slope."""
+        """True if the backward pass needs to know which neurons fired, not only the slope."""
         return self.keep_slope and (self.reset == Reset.HARD or self.activation_map)
 
 

@@ -65,12 +65,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if _together() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this is the process that writes."""
     return rank() == 0
 
 
@@ -100,12 +100,12 @@ def least(value: int, device: torch.device) -> int:
 
 
 def all_of(flag: bool, device: torch.device) -> bool:
-    """Whether every process raised the flag."""
+    """Return whether every process raised the flag."""
     return not any_of([not flag], device)[0]
 
 
 def from_main(value: object) -> object:
-    """What process 0 has."""
+    """Return the object of process 0."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)

@@ -125,7 +125,7 @@ def read_settings(path: Path) -> dict[str, object] | None:
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    """What differs between two mappings, nested ones too, by dotted key; ``None`` where one has nothing."""
+    """List the differences of two nested mappings by dotted key; ``None`` where one has nothing."""
     found: dict[str, tuple[object, object]] = {}
     here = json.loads(json.dumps(here))
     for key in dict.fromkeys((*there, *here)):

@@ -121,7 +121,7 @@ class FolderLock:
         return True
 
     def _is_stale(self, owner: Mapping[str, object], who: str) -> bool | None:
-        """Whether its holder is gone; ``None`` where the lock itself changed hands meanwhile."""
+        """Return whether the holder is gone; ``None`` where the lock itself changed hands meanwhile."""
         if {name: owner.get(name) for name in _place()} == _place() and isinstance(owner.get("pid"), int):
             return not _alive(owner["pid"], owner.get("started"))
         log.warning(
@@ -162,7 +162,7 @@ class FolderLock:
 
 
 def _read(path: Path) -> dict[str, object] | None:
-    """What a lock says, with its time of change as ``beat``; ``None`` where there is none."""
+    """Read a lock's content, with its time of change as ``beat``; ``None`` where there is none."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             beat, said = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, object] | None:
 
 
 def _place() -> dict[str, object]:
-    """Where a process number means one process: host, its boot, and the container's numbering."""
+    """Name the scope in which a process number is unique: host, boot, and PID namespace."""
     boot = namespace = None
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -102,7 +102,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _parts(part: object) -> Iterator[tuple[object, object]]:
-    """What an object holds, by name; nothing that cannot hold a generator."""
+    """List the attributes of an object that may hold a generator, by name."""
     if isinstance(part, Mapping):
         pairs = part.items()
     elif isinstance(part, (list, tuple, deque)):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loader gave.
+    """A batch and its position in the epoch.
 
     Attributes:
         content: the batch, as the loader gave it.
@@ -159,7 +159,7 @@ def parts_of(*loaders: Iterable | None) -> list[object]:
 
 
 def _is_shared(loader: DataLoader) -> bool:
-    """Whether its own sampler gives each process a share."""
+    """Return whether the loader's own sampler gives each process a share."""
     return any(isinstance(part, DistributedSampler) for part in parts_of(loader))
 
 

@@ -256,6 +256,6 @@ def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network's weights are; the CPU if it has none."""
+    """Return the device of a network's weights; the CPU if it has none."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device

@@ -122,14 +122,14 @@ def _single_steps(student: nn.Module, encoded: Tensor) -> Iterator[None]:
 
 
 def _is_single_step(module: nn.Module) -> bool:
-    """Whether a layer with a state takes one step; a network that loops over time holds such layers."""
+    """Return whether a layer with a state takes one step, as in a network that loops over time."""
     if not isinstance(module, base.MemoryModule) or module.step_mode != "s":
         return False
     return sum(isinstance(part, base.MemoryModule) for part in module.modules()) == 1
 
 
 def _hints(trainer: Trainer, images: Tensor, axis: int) -> str:
-    """What would make a batch fit that the student cannot take."""
+    """Suggest a remedy for a batch that the student cannot take."""
     shape, hints = tuple(images.shape), [f"; the batch is {tuple(images.shape)}"]
     single = [n for n, m in trainer.student.named_modules() if getattr(m, "step_mode", "m") == "s"]
     spiking = any(isinstance(module, base.MemoryModule) for module in trainer.student.modules())
@@ -145,7 +145,7 @@ def _hints(trainer: Trainer, images: Tensor, axis: int) -> str:
 
 
 def _needs(trainer: Trainer, look: Look) -> Needs:
-    """What the objective needs, of a teacher that can give it."""
+    """Ask the objective for its needs and check that the teacher can meet them."""
     theirs = None
     if trainer.teacher is not None:
         try:

@@ -83,7 +83,7 @@ class EpochMetrics:
         return means | {"top1": 100 * _value(self.correct, together)}
 
     def state_dict(self) -> dict[str, object]:
-        """What :meth:`restored` takes back."""
+        """State for :meth:`restored`."""
         losses = {name: metric.state_dict() for name, metric in self.losses.items()}
         num_classes = self.correct.num_classes
         return {"num_classes": num_classes, "losses": losses, "correct": self.correct.state_dict()}

@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: settings, metrics by epoch and by step, checkpoints."""
+"""The run folder: settings, metrics by epoch and by step, checkpoints."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class RunFolder:
             files.write_json(path, there | {"versions": VERSIONS})
 
     def _has(self, digest: str) -> bool:
-        """Whether the last checkpoint holds weights of this digest: a student that is trained on."""
+        """Return whether the last checkpoint holds weights of this digest."""
         found = checkpoint.load_latest(self.path / "checkpoints")
         return found is not None and digest_of(found[1]) == digest
 
@@ -135,7 +135,7 @@ class RunFolder:
         return distributed.from_main(checkpoint.load_latest(folder) if distributed.is_main() else None)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after this step, before the epoch is over."""
+        """Return whether a checkpoint is due after this step, before the epoch ends."""
         if isinstance(self.every, timedelta):
             return distributed.is_main() and monotonic() - self._saved >= self.every.total_seconds()
         return step % self.every == 0
@@ -191,7 +191,7 @@ class RunFolder:
         return head + new
 
     def _write_what_waits(self) -> None:
-        """What an error has left, if this process can write it alone and the folder is still its own."""
+        """Write the steps that are still in memory after an error, where this process may write alone."""
         if distributed.world_size() == 1 and self._rows:
             self._lock.check()
             self.write_steps()

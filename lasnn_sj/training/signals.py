@@ -90,7 +90,7 @@ class StopRequest:
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
     def _comes(self) -> bool:
-        """Whether a signal has come or is just coming: a group's members are not told at one time."""
+        """Return whether a signal has arrived or is arriving; a group receives it at different times."""
         end = time.monotonic() + PATIENCE
         while self.signal is None and self._before and time.monotonic() < end:
             time.sleep(0.01)

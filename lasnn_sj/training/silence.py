@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def watched(student: nn.Module) -> Iterator[dict[str, bool]]:
-    """Whether each spiking layer gave anything but zeros, by name, of those that were called meanwhile."""
+    """Record by name whether each spiking layer that was called gave anything but zeros."""
     fired: dict[str, bool] = {}
 
     def hook_of(name: str):

@@ -1,4 +1,4 @@
-"""Where a training run stands: all that a checkpoint must hold so that the run can go on from it."""
+"""Training state: epoch, step, history and random-number generators, as a checkpoint holds them."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class TrainingStep:
 
     @property
     def late(self) -> bool:
-        """Whether a step's conditions are read later."""
+        """True if a step's conditions are read later."""
         trainer = self.trainer
         device = trainer.device.type == "cuda" or self.late_on_cpu
         fused = trainer.mixed_precision.skips_on_device(trainer.optimizer)
@@ -314,7 +314,7 @@ class TrainingStep:
         self._prepared_for = trainer.objective
 
     def _has_unused(self, encoded: Tensor) -> bool:
-        """Whether weights of the student have no part in its output, for which processes would wait."""
+        """Return whether some weights have no part in the output, for which processes would wait."""
         student = self.trainer.student
         weights = [p for p in student.parameters() if p.requires_grad]
         before = self.trainer.progress.random_state()

@@ -1,4 +1,4 @@
-"""What is written of a trained student is what the networks gave, and looking changes nothing."""
+"""Inspections hold the values that the networks gave, and change nothing."""
 
 import importlib.metadata
 import json

@@ -29,7 +29,7 @@ TOP1 = {"teacher": 91.5, "ann": 70.25, "converted": 10.0, "hybrid": 65.5, "lasnn
 
 
 class Page(HTMLParser):
-    """What a test asks of a page."""
+    """Access to the parts of a page that tests check."""
 
     def __init__(self, path):
         super().__init__()

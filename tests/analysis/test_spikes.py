@@ -191,7 +191,7 @@ def test_a_batch_that_cannot_be_used_is_named(batch, message):
 
 
 class Scores(nn.Module):
-    """What the images say, step after step: ``[T, N, 2]``; image ``x`` flips its class after step ``x``."""
+    """Potentials ``[T, N, 2]`` by the images: image ``x`` flips its class after step ``x``."""
 
     def forward(self, x):
         steps = torch.arange(1, len(x) + 1).view(-1, 1)

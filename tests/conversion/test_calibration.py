@@ -91,7 +91,7 @@ def test_time_may_come_in_pieces(images):
 
 
 def test_memory_does_not_grow_with_the_steps(images, monkeypatch):
-    """What a layer is given at once is a few steps; the biases are those of all steps at once."""
+    """A layer is given a few steps at once; the biases are those of all steps at once."""
     ann, seen = with_batch_norm(), []
     ann[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     pieces = calibrate(ann, images, DirectEncoder(10))

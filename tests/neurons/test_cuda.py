@@ -69,7 +69,7 @@ def host_kernels(tmp_path_factory):
 
 @pytest.fixture(params=["host", "device"])
 def device(request, monkeypatch):
-    """Where the kernels run: the CPU through cuda_host.h, or a GPU. Widths are as wide as may be."""
+    """Devices of the kernels: the CPU through cuda_host.h, or a GPU, at the largest widths."""
     monkeypatch.setattr(cuda, "BUSY", 1)
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
     if request.param == "device":

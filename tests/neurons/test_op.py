@@ -50,7 +50,7 @@ def write_slope_bytes(distance, slope, count, code, scale):
 
 
 def slope_bytes(distance: np.ndarray, code: int, scale: float) -> np.ndarray:
-    """What the kernels keep for each distance of a potential from the threshold."""
+    """Slopes that the kernels keep for each distance of a potential from the threshold."""
     padded = np.zeros(-(-distance.size // lanes.WIDTH) * lanes.WIDTH, np.float32)
     padded[: distance.size] = distance
     slope = np.empty(padded.size, np.uint8)

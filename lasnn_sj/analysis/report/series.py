@@ -44,7 +44,7 @@ class Series:
 
     @property
     def is_student(self) -> bool:
-        """Whether this is a spiking network, as far as its kind tells."""
+        """Return whether this is a spiking network, judged by its kind."""
         return self.kind not in ANNS
 
 
@@ -95,7 +95,7 @@ def group_names(recipes: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _alike(run: Run, other: Run) -> bool:
-    """Whether two runs differ by their seeds alone; two runs of one seed are not seeds of one another."""
+    """Return whether two runs differ by their seeds alone; two runs of one seed do not."""
     if run.seed is None or run.seed == other.seed:
         return False
     there = {part.kind: part.settings for part in other.parts if part.settings}
