@@ -344,6 +344,7 @@ def _must_be_there(key: str, path: Path) -> None:
 def _plot(run: Comparison, results: Results, path: Path) -> None:
     """Gains with their intervals, and accuracy after each time step."""
     from matplotlib.figure import Figure  # slow to import, needed only here
+    from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in run.rows if results[row]]
     figure = Figure(figsize=(12, 1.5 + 0.5 * max(6, len(rows))), layout="constrained")
@@ -370,6 +371,8 @@ def _plot(run: Comparison, results: Results, path: Path) -> None:
         if len(curves):
             right.plot(range(1, curves.shape[1] + 1), curves.mean(0), color=colours[row], label=row)
     right.set(xlabel="time steps t", ylabel=f"top-1 %, {run.judge} images")
-    right.legend(fontsize="small")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if right.lines:  # before the first row is finished there is none
+        right.legend(fontsize="small")
     figure.suptitle(run.title(), fontsize="small")
     figure.savefig(path, dpi=120)
