@@ -485,6 +485,30 @@ def test_layers_that_never_fire_are_named(tmp_path, inspected, undrawn):
     assert f"Layers that never fire. LaSNN: {found['layers'][1]['name']}" in " ".join(page.text.split())
 
 
+def test_a_comparison_has_its_shared_networks_and_its_baseline(tmp_path, undrawn):
+    write(tmp_path / "comparison.json", {})
+    for stage, top1 in (("teacher", 90.0), ("ann", 80.0)):
+        write(tmp_path / "shared" / stage / "result.json", {"top1": top1})
+    write(tmp_path / "shared" / "recipe.json", {"seed": 0})
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        write(folder / "recipe.json", {"seed": seed})
+        write(folder / "converted" / "weights.safetensors", "x")
+        for row, objective, top1 in (
+            ("plain_training", "CrossEntropy()", 60.0), ("with_KD", "LabelKD()", 62.0 + seed),
+        ):  # fmt: skip
+            write(folder / row / "result.json", {"top1": top1})
+            write(folder / row / "objective.json", {"objective": objective})
+    page = Page(report(tmp_path))
+    table = page.table("Results on the test data, mean ± deviation of 2 seeds")
+    assert list(table) == ["teacher", "intermediate ANN", "hybrid (CE only)", "with KD"]
+    assert table["teacher"]["accuracy, %"] == "90.00"
+    assert table["with KD"]["points over hybrid"] == "+2.50 ± 0.71"
+    assert table["with KD"]["points over ANN"] == "-17.50 ± 0.71"
+    assert "With KD reaches 62.50 % accuracy, 2.50 points above hybrid training" in page.text
+    assert "What is missing" not in page.text
+
+
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):
     write(tmp_path / "recipe.json", {"student": "spiking_resnet18", "seed": 0})
     for row, top1 in (("default", 40.0), ("sparse_0.5", 38.0), ("alone", 39.0), ("sparse_0", 37.5)):

@@ -72,7 +72,8 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
         _table("Cross-entropy, time, memory and single runs", series, more),
     ]
     pictures = []
-    found = {line.label: line.values(top1) for line in series}
+    # seeds that share a network have one value
+    found = {line.label: v[:1] if len(set(v := line.values(top1))) == 1 else v for line in series}
     if any(found.values()):
         said = [f"{label} {statistics.mean(values):.4g}" for label, values in found.items() if values]
         pictures.append(charts.picture(

@@ -29,6 +29,7 @@ class Part:
         path: its folder.
         kind: name of the folder, which tells it from the other parts of its run.
         settings, result, thresholds, inspection: the JSON files; empty where there is none to read.
+        objective: of a row of a comparison, as text.
         metrics, steps: one row for each epoch and step, numbers by column, ``None`` where a cell has none.
         arrays: inspection.npz.
     """
@@ -39,6 +40,7 @@ class Part:
     result: dict = field(default_factory=dict)
     thresholds: dict = field(default_factory=dict)
     inspection: dict = field(default_factory=dict)
+    objective: str | None = None
     metrics: list[dict[str, float | None]] = field(default_factory=list)
     steps: list[dict[str, float | None]] = field(default_factory=list)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -46,7 +48,8 @@ class Part:
     @property
     def title(self) -> str:
         """Name of the kind in words."""
-        return title(self.kind)
+        found = title(self.kind)
+        return found.replace("_", " ") if self.objective and found == self.kind else found
 
     def number(self, name: str) -> float | None:
         """A number of the result, or else of the inspection."""
@@ -111,6 +114,7 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
             if folder.resolve() not in [run.path.resolve() for run in runs]:
                 above = None if folder == path else _text(folder.parent / "config.yaml", [])
                 runs.append(_read_run(folder, above))
+    runs = _with_shared_parts(runs)
     names = short_names([run.path for run in runs])
     for run, name in zip(runs, names):
         run.name = name
@@ -118,6 +122,23 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
             if part.path == run.path:
                 part.kind = name
     return runs
+
+
+def _with_shared_parts(runs: Sequence[Run]) -> list[Run]:
+    """Give the seeds of a comparison the teacher and ANN that they share, in place of a run of their own."""
+    shared = {run.path.parent: run for run in runs if run.path.name == "shared" and _compared(run.path)}
+    seeds = [run for run in runs if shared.get(run.path.parent) is not run]
+    for run in seeds:
+        if run.path.parent in shared:
+            there = [part.kind for part in run.parts]
+            run.parts += [part for part in shared[run.path.parent].parts if part.kind not in there]
+            run.parts.sort(key=lambda part: place(part.kind))
+    return seeds or list(runs)
+
+
+def _compared(path: Path) -> bool:
+    """Return whether a folder is part of a comparison."""
+    return (path.parent / "comparison.json").exists()
 
 
 def number(value: object) -> float | None:
@@ -186,12 +207,18 @@ def _read_part(path: Path, run: Path, stage: bool, notes: list[str]) -> Part:
     for name in ("settings", "result", "thresholds", "inspection"):
         setattr(part, name, _json(path / f"{name}.json", notes, run))
     part.settings.pop("fingerprint", None)
+    if _compared(run):
+        objective = _json(path / "objective.json", notes, run).get("objective")
+        part.objective = objective if isinstance(objective, str) else None
+        if part.objective == "CrossEntropy()":
+            part.kind = "hybrid"  # the baseline, whatever the row is called
     part.metrics = _rows(path / "metrics.csv", "epoch", notes, run)
     if len(part.metrics) < 2:  # else the epochs say enough
         part.steps = _rows(path / "steps.csv", "step", notes, run)
     here = "" if path == run else f"{path.relative_to(run)}/"
     trained = (path / "settings.json").exists() or (path / "metrics.csv").exists()
-    if stage and not (path / "result.json").exists():
+    kept = _compared(run) and (path / "weights.safetensors").exists()  # balanced, and not evaluated there
+    if stage and not kept and not (path / "result.json").exists():
         done = f"{len(part.metrics)} epochs are done" if trained else "it has not begun"
         notes.append(f"{here}result.json is missing: {path.name} is not finished, {done}")
     if trained and not (path / "metrics.csv").exists():
