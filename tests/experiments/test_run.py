@@ -119,7 +119,7 @@ def test_what_does_not_exist_is_listed(tmp_path):
         reproduce("V", run_dir=tmp_path)
     with pytest.raises(ExperimentError, match="no scale 'tiny'; there are full, small, smoke"):
         reproduce("I", scale="tiny", run_dir=tmp_path)
-    with pytest.raises(ExperimentError, match=r"table I has no row 'vgg6'; it has\n  cifar10/conv3_linear2"):
+    with pytest.raises(ExperimentError, match=r"table I has no row 'vgg6'; it has\n  cifar10/2Conv2Linear"):
         reproduce("I", ["vgg6"], run_dir=tmp_path)
     with pytest.raises(ExperimentError, match="seeds must be at least 1, got 0"):
         reproduce("I", seeds=0, run_dir=tmp_path)
