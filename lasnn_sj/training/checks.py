@@ -117,6 +117,7 @@ def _is_empty(loader: Iterable) -> bool:
 
 
 def teacher(teacher: nn.Module | None, objective: object) -> None:
+    """Raise :class:`ValueError` where the objective lacks a teacher, or makes no use of the one given."""
     if not callable(objective):
         raise ValueError(f"objective must be callable with signals, got {objective!r}")
     wanted = bool(getattr(objective, "needs_teacher", False))
@@ -130,6 +131,7 @@ def teacher(teacher: nn.Module | None, objective: object) -> None:
 
 
 def optimizer(student: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Raise :class:`ValueError` where optimizer or scheduler would train nothing of the student."""
     own = {id(parameter) for parameter in student.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
