@@ -21,6 +21,8 @@ def step_logits(signals: Signals) -> Tensor:
     an integrator, whose scores are ``v[T]``, it is ``T * (v[t] - v[t - 1])`` with ``v[0] = 0``. In both cases
     the mean of ``z_t`` over all steps is the class scores, as in the papers' networks, and the mean of the
     first ``t`` has the same largest class as the scores of a run that is stopped after ``t`` steps.
+    With many steps and Poisson input the increments of an integrator are noisy: the objectives on them
+    are meant for small ``T``.
 
     Returns:
         ``[T, N, K]``, float32 (float64 for float64 outputs).
