@@ -8,7 +8,9 @@ from .attention import (
     spike_activation_map,
     spike_map,
 )
-from .features import BKD, KDSNN, SAMD, RelationalKD, StableSpike
+from .classifiers import SAMD, EnOF, StableNoise
+from .features import BKD, KDSNN, RelationalKD, StableSpike
+from .learned_pairs import SASTC
 from .logits import DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD, SparseKD, default_kd, sparse_kd
 from .objective import CrossEntropy, Look, Needs, Objective, Signals, Sum, weight_at
 from .objective import parse_objective as _parse
@@ -17,6 +19,7 @@ from .spikes import SpikeKD
 from .taps import StudentTaps, TapError, TeacherTaps
 from .teacher import TeacherForward
 from .temporal import (
+    TET,
     TKS,
     TPD,
     EntropyRegularization,
@@ -32,12 +35,15 @@ __all__ = [
     "DIST",
     "KDSNN",
     "SAMD",
+    "SASTC",
+    "TET",
     "TKS",
     "TPD",
     "Attention",
     "CrossEntropy",
     "DecoupledKD",
     "DefaultKD",
+    "EnOF",
     "EntropyRegularization",
     "LabelKD",
     "Look",
@@ -51,6 +57,7 @@ __all__ = [
     "Signals",
     "SparseKD",
     "SpikeKD",
+    "StableNoise",
     "StableSpike",
     "StudentTaps",
     "Sum",
@@ -84,8 +91,8 @@ def parse_objective(text: str) -> Objective:
         ValueError: anything else; no code is run.
     """
     known = (
-        BKD, KDSNN, SAMD, RelationalKD, StableSpike,
+        BKD, KDSNN, SAMD, SASTC, EnOF, RelationalKD, StableNoise, StableSpike,
         Attention, CrossEntropy, DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD,
-        EntropyRegularization, PerStepCE, SeAlKD, Synergy, TKS, TPD, TemporalKD,
+        EntropyRegularization, PerStepCE, SeAlKD, Synergy, TET, TKS, TPD, TemporalKD,
     )  # fmt: skip
     return _parse(text, {one.__name__: one for one in known})

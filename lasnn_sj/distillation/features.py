@@ -38,6 +38,9 @@ class LateWeights(nn.Module):
     def build(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Draw the weights as PyTorch draws those of a layer, or check those that are there.
 
+        Vectors are zero, or one where their name begins with "scale"; a weight that is not needed has the
+        shape ``(0,)``.
+
         Raises:
             ValueError: a weight is there already and of another shape.
         """
@@ -45,7 +48,10 @@ class LateWeights(nn.Module):
             weight = self.get_parameter(name)
             if is_lazy(weight):
                 weight.materialize(tuple(shape))
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                if weight.dim() == 1:
+                    nn.init.constant_(weight, float(name.startswith("scale")))
+                else:
+                    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             elif tuple(weight.shape) != tuple(shape):
                 raise ValueError(
                     f"the objective's weight '{name}' has shape {tuple(weight.shape)}, the layers of "
@@ -99,8 +105,9 @@ class KDSNN(_OnePair, LateWeights):
 
     ``alpha * mean of (F - A r)^2`` with the teacher's features ``F`` at the student's size, the student's
     firing rates ``r``, and a 1x1 convolution ``A`` that is trained with the student. As described in the
-    abstract and in later papers; one pair of layers, and the mean in place of a sum, are assumed. The
-    paper's second part, its logits, is :class:`LabelKD`.
+    abstract and in later papers; one pair of layers, the mean and the weight are assumed (in its comparison
+    BKDSNN's code has ``7e-5 / N`` times the sum of the squares). The paper's second part, its logits, is
+    :class:`LabelKD`.
 
     Args:
         alpha: weight, at least 0.
@@ -131,10 +138,11 @@ class KDSNN(_OnePair, LateWeights):
 class BKD(_OnePair, LateWeights):
     """Blurred distillation (BKDSNN; Xu et al., ECCV 2024), added to a cross-entropy.
 
-    ``alpha / N * || G(M * r) - F * max r / max F ||^2`` with firing rates ``r``, the teacher's features
-    ``F``, and a mask ``M`` that drops each channel of a sample with probability ``drop``. ``G``, trained
-    with the student, restores what was dropped: two 3x3 convolutions with a ReLU between. Both maxima are
-    over the batch and constants; the ReLU and the widths (the teacher's) are assumed.
+    ``alpha / N * || G(M * A r) - F * max(A r) / max F ||^2`` with firing rates ``r``, the teacher's features
+    ``F``, a 1x1 convolution ``A`` where their numbers of channels differ, and a mask ``M`` that drops each
+    channel of a sample with probability ``drop``. ``G``, trained with the student as ``A`` is, restores what
+    was dropped: two 3x3 convolutions with a ReLU between. The maxima are over the batch. As in the authors'
+    code for ResNets; one pair of layers and averaged teacher features where the sizes differ are ours.
 
     Args:
         alpha: weight, at least 0.
@@ -150,23 +158,30 @@ class BKD(_OnePair, LateWeights):
         check_weights(self, "alpha", "drop")
         if self.drop >= 1:
             raise ValueError(f"drop must lie in [0, 1), got {self.drop}")
-        LateWeights.__init__(self, "first", "second")
+        LateWeights.__init__(self, "adaptor", "bias", "first", "first_bias", "second", "second_bias")
 
     def prepare(self, look: Look) -> Needs:
         """Choose the pair, and make the convolutions for its channels."""
         needs = super().prepare(look)
         mine, theirs = self.channels(look)
-        self.build({"first": (theirs, mine, 3, 3), "second": (theirs, theirs, 3, 3)})
+        self.build({
+            "adaptor": (theirs, mine, 1, 1) if mine != theirs else (0,),
+            "bias": (theirs if mine != theirs else 0,),
+            "first": (theirs, theirs, 3, 3), "first_bias": (theirs,),
+            "second": (theirs, theirs, 3, 3), "second_bias": (theirs,),
+        })  # fmt: skip
         return needs
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"blurred": alpha / N * squared norm}``."""
         rates, features = self.maps(signals)
-        scale = rates.detach().amax() / features.amax().clamp(min=torch.finfo(features.dtype).tiny)
+        if self.adaptor.numel():
+            rates = F.conv2d(rates, self.adaptor, self.bias)
+        target = features / features.amax().clamp(min=torch.finfo(features.dtype).tiny) * rates.amax()
         kept = torch.rand(rates.shape[:2], device=rates.device) >= self.drop
-        restored = F.conv2d(rates * kept[:, :, None, None], self.first, padding=1).relu()
-        restored = F.conv2d(restored, self.second, padding=1)
-        return {"blurred": self.alpha / len(rates) * (restored - scale * features).square().sum()}
+        restored = F.conv2d(rates * kept[:, :, None, None], self.first, self.first_bias, padding=1).relu()
+        restored = F.conv2d(restored, self.second, self.second_bias, padding=1)
+        return {"blurred": self.alpha / len(rates) * (restored - target).square().sum()}
 
 
 @dataclass(repr=False)
@@ -175,7 +190,8 @@ class RelationalKD(_OnePair):
 
     Distances and angles between the samples of a batch are compared, so layers of any widths fit. With a
     layer's mean over space as embedding ``e``: distances ``|e_i - e_j|`` divided by their mean, and cosines
-    of the angles ``e_i e_j e_k``; Huber loss between student and teacher of both.
+    of the angles ``e_i e_j e_k``; Huber loss between student and teacher of both. Form and defaults are those
+    of the authors' code and of mdistiller for classification.
 
     Args:
         distance: weight of the distances, at least 0.
@@ -199,69 +215,15 @@ class RelationalKD(_OnePair):
 
 
 @dataclass(repr=False)
-class SAMD(_OnePair):
-    """Saliency-scaled activation maps (SAMD, part of CKDSNN; AAAI 2026), added to a cross-entropy.
-
-    ``alpha * KL(s(CAM) || s(SAM))``, ``s = softmax(. / tau)`` over the positions. ``SAM`` is the number of
-    spikes of a layer at each position, over steps and channels; ``CAM`` the teacher's class activation map
-    of the label ``y``, the sum over channels of ``W[y, c] * F_c`` with the weights ``W`` of its last linear
-    layer. As described in secondary sources; the class and the layer are assumed.
-
-    Args:
-        alpha: weight, at least 0; ``tau^2`` at its default.
-        temperature: ``tau``, above 0.
-        pair: ``(student module, teacher module)``; of the highest level if not given. The teacher's layer
-            must have as many channels as its last linear layer has inputs.
-    """
-
-    alpha: float = 4.0
-    temperature: float = 2.0
-    pair: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        check_weights(self, "alpha")
-
-    def prepare(self, look: Look) -> Needs:
-        """Choose the pair, and find the teacher's classifier.
-
-        Raises:
-            ValueError: the teacher's classifier does not fit its layer or the student's classes.
-        """
-        needs = super().prepare(look)
-        linear = [(n, m) for n, m in look.teacher.named_modules() if isinstance(m, nn.Linear)]
-        _, channels = self.channels(look)
-        if not linear or linear[-1][1].weight.shape != (look.num_classes, channels):
-            got = f"'{linear[-1][0]}' {tuple(linear[-1][1].weight.shape)}" if linear else "no linear layer"
-            raise ValueError(
-                f"SAMD needs a teacher whose last linear layer has weights ({look.num_classes}, {channels}): "
-                f"the student's classes by the channels of '{self._pair.teacher}'; the teacher has {got}. "
-                f"Give pair=(student module, teacher module) with the teacher's last feature map"
-            )
-        self._weight = linear[-1][1].weight
-        self._steps = len(look.inputs)
-        return needs
-
-    def __call__(self, signals: Signals) -> dict[str, Tensor]:
-        """``{"saliency": alpha * KL}``."""
-        rates, features = self.maps(signals)
-        weight = self._weight.detach().to(features.dtype)[signals.labels]
-        cam = torch.einsum("nc,nchw->nhw", weight, features).flatten(1) / self.temperature
-        sam = self._steps * rates.sum(1).flatten(1) / self.temperature
-        target = F.log_softmax(cam, dim=1)
-        each = (target.exp() * (target - F.log_softmax(sam, dim=1))).sum(1)
-        return {"saliency": self.alpha * each.mean()}
-
-
-@dataclass(repr=False)
 class StableSpike(Objective):
     """Spikes drawn to those that two steps share (first part of Stable Spike; CVPR 2026), added to a CE.
 
     ``alpha * mean of (mean over t of S_t - mean over t < T of (S_t and S_t+1))^2`` with a layer's spikes
-    ``S``; the shared spikes are a constant, which is assumed. The paper's second part, a second pass with
-    noise in the shared spikes, is left out. Needs no teacher.
+    ``S``; the shared spikes are a constant, which is assumed. The paper's second part is
+    :class:`StableNoise`. Needs no teacher.
 
     Args:
-        alpha: weight, at least 0.
+        alpha: weight, at least 0; the paper's 1.
         layer: the student's module; of the highest level if not given.
     """
 

@@ -294,6 +294,37 @@ def choose_layers(student: nn.Module, encoded: Tensor) -> list[Pair]:
     ]
 
 
+def spiking_layer(student: nn.Module, encoded: Tensor, name: str | None = None) -> tuple[str, Form]:
+    """Find a layer of the student and the form of its output.
+
+    Args:
+        student: spiking network, multi-step.
+        encoded: a small encoded batch, ``[T, N, ...]``.
+        name: a module or a pattern; the last spiking layer before the last linear layer if not given.
+
+    Raises:
+        TapError: no such layer, or one that does not give a sequence once in a forward pass.
+    """
+    functional.reset_net(student)
+    seen = _probe(student, encoded, lead=2)
+    functional.reset_net(student)
+    modules = dict(student.named_modules())
+    if name is not None:
+        name = find_module(student, name, "student")
+        found = [entry for entry in seen if entry.name == name]
+    else:
+        linear = [n for n, entry in enumerate(seen) if isinstance(modules[entry.name], nn.Linear)]
+        before = seen[: linear[-1]] if linear else seen
+        found = [entry for entry in before if _is_neuron(modules[entry.name])]
+    if not found or found[-1].calls != 1 or found[-1].output.dim() < 3:
+        raise TapError(
+            f"{type(student).__name__} has no spiking layer before its last linear layer; give layer="
+            if name is None
+            else f"student tap '{name}' does not give a sequence [T, N, ...] once in a forward pass"
+        )
+    return found[-1].name, found[-1].form
+
+
 def _refuse_swapped(student: nn.Module, teacher: nn.Module, names: Sequence[tuple[str, str]]) -> None:
     own, theirs = ({name for name, _ in net.named_modules()} for net in (student, teacher))
     for mine, other in names:

@@ -63,13 +63,41 @@ class _PerStep(Objective):
 class PerStepCE(_PerStep):
     """Cross-entropy at every step: ``mean over t of CE(z_t, y)``.
 
-    The first term of TET (Deng et al., ICLR 2022), whose second, a distance of the outputs to the threshold,
-    is left out. ``z_t`` as :func:`step_logits`. It takes the place of :class:`CrossEntropy`.
+    The first term of :class:`TET`. ``z_t`` as :func:`step_logits`. It takes the place of
+    :class:`CrossEntropy`.
     """
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"ce": mean over t of CE}``."""
         return {"ce": _per_step_ce(step_logits(signals), signals.labels)}
+
+
+@dataclass(repr=False)
+class TET(_PerStep):
+    """Temporal efficient training (TET; Deng et al., ICLR 2022).
+
+    ``L = (1 - weight) * <CE(z_t, y)> + weight * mean of (z_t - level)^2``, the second a mean over steps,
+    samples and classes that keeps outliers away. ``z_t`` as :func:`step_logits`. Form and defaults are those
+    of the authors' code (temporal_efficient_training). It takes the place of :class:`CrossEntropy`.
+
+    Args:
+        weight: ``lambda`` of the paper, in [0, 1].
+        level: ``phi`` of the paper, drawn to by every logit; there the threshold.
+    """
+
+    weight: float = 1e-3
+    level: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_weights(self, "weight")
+        if self.weight > 1:
+            raise ValueError(f"weight must lie in [0, 1], got {self.weight}")
+
+    def __call__(self, signals: Signals) -> dict[str, Tensor]:
+        """``{"ce": (1 - weight) * ..., "level": weight * ...}``."""
+        z = step_logits(signals)
+        ce = _per_step_ce(z, signals.labels)
+        return {"ce": (1 - self.weight) * ce, "level": self.weight * (z - self.level).square().mean()}
 
 
 @dataclass(repr=False)
@@ -281,9 +309,9 @@ class SeAlKD(_PerStep):
 class EntropyRegularization(_PerStep):
     """Entropy of every step's prediction, kept high: ``-weight * <H(softmax(z_t))>``.
 
-    As described in the abstract of temporal separation with entropy regularization (Yu et al., CVPR 2025);
-    the form (that of the confidence penalty, Pereyra et al. 2017) and the weight are assumed. Add it to
-    :class:`TemporalKD` or another objective.
+    Part of temporal separation with entropy regularization (TSER; Yu et al., CVPR 2025), as in two public
+    reimplementations, whose loss is ``(1 - a) * <CE(z_t, y)> + a * <tau^2 * KL(s(z_A), s(z_t))> - weight *
+    <H>``; the weight is assumed. Add it to :class:`TemporalKD` or another objective.
 
     Args:
         weight: at least 0.

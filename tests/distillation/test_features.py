@@ -86,24 +86,37 @@ def test_features_of_another_size_are_averaged():
     assert objective(signals(features=features))["features"].item() == 0
 
 
+def copying(objective, channels):
+    """Let the two 3x3 convolutions copy their middle."""
+    for name in ("first", "second"):
+        kernel = torch.zeros(channels, channels, 3, 3, dtype=torch.float64)
+        kernel[range(channels), range(channels), 1, 1] = 1
+        getattr(objective, name).data = kernel
+    return doubled(objective)
+
+
 def test_bkd_by_hand():
-    """Kernels that copy their middle; 2 * 0.5 of the largest rate for each of the teacher's largest value."""
+    """A maps one channel to itself and to 0; max A r / max F = 1 / 4, so that the first channel fits."""
     objective, _ = prepared(BKD(alpha=0.1, drop=0.0, pair=PAIR))
-    objective.first.data = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
-    objective.first.data[:, :, 1, 1] = 1
-    objective.second.data = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
-    objective.second.data[[0, 1], [0, 1], 1, 1] = 1
-    features = torch.cat([4 * RATES, 0 * RATES], 1)  # max r / max F = 1 / 4: the first channel fits
-    squares = RATES.square().sum().item()  # of the second, whose target is 0
+    copying(objective, 2).adaptor.data = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
+    features = torch.cat([4 * RATES, 4 * RATES], 1)
+    squares = RATES.square().sum().item()  # of the second, which is 0 and should be r
     assert objective(signals(features=features))["blurred"].item() == pytest.approx(0.1 / 2 * squares)
+
+
+def test_bkd_of_equal_widths_has_no_adaptor_and_its_second_bias_is_added():
+    objective, _ = prepared(BKD(alpha=0.1, drop=0.0, pair=PAIR), theirs=teacher(channels=1))
+    copying(objective, 1).second_bias.data += 0.5
+    assert objective.adaptor.numel() == 0
+    found = objective(signals(features=3 * RATES))["blurred"].item()
+    assert found == pytest.approx(0.1 / 2 * 8 * 0.25)
 
 
 def test_bkd_drops_channels():
     torch.manual_seed(0)
-    objective, _ = prepared(BKD(alpha=1.0, drop=0.999999, pair=PAIR))
-    features = torch.cat([RATES, RATES], 1)
-    found = doubled(objective)(signals(features=features))["blurred"].item()
-    assert found == pytest.approx(features.square().sum().item() / 2)  # nothing is restored from nothing
+    objective, _ = prepared(BKD(alpha=1.0, drop=0.999999, pair=PAIR), theirs=teacher(channels=1))
+    found = doubled(objective)(signals(features=RATES))["blurred"].item()
+    assert found == pytest.approx(RATES.square().sum().item() / 2)  # nothing is restored from nothing
 
 
 def test_relational_kd_by_hand():
@@ -240,11 +253,12 @@ def run(folder, stop=None, objective="CrossEntropy() + KDSNN() + BKD(alpha=0.01)
 
 def test_weights_of_a_method_are_trained_saved_and_taken_up_again(tmp_path):
     alone, expected = run(tmp_path / "alone")
-    assert len(own_parameters(alone.objective)) == 3
+    assert len(own_parameters(alone.objective)) == 7
     optimized = {id(p) for group in alone.optimizer.param_groups for p in group["params"]}
     assert all(id(p) in optimized for p in own_parameters(alone.objective))
     _, first = run(tmp_path / "first", stop=1)
-    assert all(not torch.equal(a, b) for a, b in zip(first[-3:], expected[-3:]))  # they move
+    moved = [not torch.equal(a, b) for a, b in zip(first[-7:], expected[-7:])]
+    assert all(moved)
     run(tmp_path / "killed", stop=3)
     run(tmp_path / "killed", stop=9)
     _, found = run(tmp_path / "killed")

@@ -37,6 +37,17 @@ def test_decoupled_kd_by_hand():
     assert found["other_kd"].item() == pytest.approx(3 * others, rel=1e-12)
 
 
+@pytest.mark.parametrize(("epoch", "weight"), [(0, 1 / 20), (9, 1 / 2), (19, 1), (100, 1)])
+def test_decoupled_kd_warms_up_over_20_of_240_epochs(epoch, weight):
+    data = signals(logs([1, 2, 1]), logs([4, 3, 1]), [0])
+    full = DecoupledKD(warmup=0)(data)
+    data.epoch, data.epochs = epoch, 240
+    for name, part in DecoupledKD()(data).items():
+        assert part.item() == pytest.approx(weight * full[name].item(), rel=1e-12)
+    with pytest.raises(ValueError, match=r"warmup must be a part of the epochs, in \[0, 1\], got 20"):
+        DecoupledKD(warmup=20)
+
+
 def test_decoupled_kd_is_label_kd_at_the_weight_that_the_paper_derives():
     """KL = TCKD + (1 - p_y) * NCKD, here of one sample at tau = 3."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from lasnn_sj import DirectEncoder, models
 from lasnn_sj.distillation import (
+    TET,
     TKS,
     TPD,
     EntropyRegularization,
@@ -30,8 +31,8 @@ L3 = math.log(3)
 Z = torch.tensor([[[L3, 0.0]], [[0.0, 0.0]]], dtype=torch.float64)
 LABEL = torch.tensor([0])
 CE = (math.log(4 / 3) + math.log(2)) / 2
-ALL = [PerStepCE(), TemporalKD(), TemporalKD(ensemble="correct"), TKS(), TPD(), Synergy(), Synergy("W2S"),
-       SeAlKD(), EntropyRegularization()]  # fmt: skip
+ALL = [PerStepCE(), TET(), TemporalKD(), TemporalKD(ensemble="correct"), TKS(), TPD(), Synergy(),
+       Synergy("W2S"), SeAlKD(), EntropyRegularization()]  # fmt: skip
 
 
 def signals(z=Z, labels=LABEL, teacher=None, **more):
@@ -61,6 +62,12 @@ def test_step_logits_of_an_integrator_are_its_increments_times_T():
 
 def test_per_step_ce_by_hand():
     assert values(PerStepCE()(signals())) == pytest.approx({"ce": CE}, rel=1e-14)
+
+
+def test_tet_by_hand():
+    """Distances to 1 of log 3, 0, 0, 0."""
+    found = values(TET(weight=0.25)(signals()))
+    assert found == pytest.approx({"ce": 0.75 * CE, "level": 0.25 * ((L3 - 1) ** 2 + 3) / 4}, rel=1e-12)
 
 
 def test_temporal_kd_by_hand():
@@ -148,7 +155,7 @@ def test_gradients_of_losses_whose_targets_are_constants_of_the_student():
     torch.manual_seed(0)
     z = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     labels, teacher = torch.tensor([1, 3]), torch.randn(2, 4, dtype=torch.float64)
-    for objective in (PerStepCE(), TemporalKD(beta=0.0), SeAlKD(beta=0.0), EntropyRegularization()):
+    for objective in (PerStepCE(), TET(0.5), TemporalKD(beta=0.0), SeAlKD(beta=0.0), EntropyRegularization()):
 
         def loss(z, objective=objective):
             return sum(objective(signals(z, labels, teacher)).values())
@@ -207,6 +214,7 @@ def test_teachers_that_do_not_fit(objective):
     (lambda: TemporalKD(temperature=0), "temperature must be a number above 0, got 0"),
     (lambda: TemporalKD(ensemble="best"), 'ensemble must be "all" or "correct", got \'best\''),
     (lambda: TKS(alpha=1.5), r"alpha must lie in \[0, 1\], got 1.5"),
+    (lambda: TET(2), r"weight must lie in \[0, 1\], got 2"),
     (lambda: Synergy("up"), 'direction must be "S2W" or "W2S", got \'up\''),
     (lambda: EntropyRegularization(float("nan")), "weight must be a finite number"),
 ])  # fmt: skip
