@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from .features import LateWeights, _OnePair
+from .features import LateWeights, _OnePair, shared_spikes, spike_value
 from .logits import check_weights, divergence, same_classes
 from .objective import Look, Needs, Objective, Signals
 from .pairs import Form, spiking_layer
@@ -185,8 +185,9 @@ class StableNoise(Objective):
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"noise": alpha * tau^2 * KL}``."""
         spikes = signals.student[self._name, "spikes"]
-        shared = (spikes[:-1] * spikes[1:]).mean(0)
-        noisy = self._factor * self._classify(shared + torch.bernoulli(shared.detach()))
+        shared, value = shared_spikes(spikes).mean(0), spike_value(spikes)
+        noise = value * torch.bernoulli((shared.detach() / value).clamp(max=1))
+        noisy = self._factor * self._classify(shared + noise)
         each = divergence(signals.scores.detach(), noisy, self.temperature)
         return {"noise": self.alpha * self.temperature**2 * each.mean()}
 

@@ -252,8 +252,25 @@ class StableSpike(Objective):
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"stable": alpha * mean square}``."""
         spikes = signals.student[self._name, "spikes"]
-        shared = (spikes[:-1] * spikes[1:]).detach().mean(0)
+        shared = shared_spikes(spikes).detach().mean(0)
         return {"stable": self.alpha * F.mse_loss(spikes.mean(0), shared)}
+
+
+def shared_spikes(spikes: Tensor) -> Tensor:
+    """Spikes that a step shares with the next, ``S_t and S_t+1``.
+
+    Args:
+        spikes: ``[T, N, ...]``, 0 or one other value, such as that of dropout.
+
+    Returns:
+        ``[T - 1, N, ...]``, 0 or the same value.
+    """
+    return spikes[:-1] * spikes[1:] / spike_value(spikes)
+
+
+def spike_value(spikes: Tensor) -> Tensor:
+    """The value of a spike, a scalar; of no spikes the smallest number above 0."""
+    return spikes.detach().amax().clamp(min=torch.finfo(spikes.dtype).tiny)
 
 
 def _distances(e: Tensor) -> Tensor:

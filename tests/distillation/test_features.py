@@ -171,6 +171,10 @@ def test_stable_spike_by_hand():
     one.student = {("neuron", "spikes"): spikes}
     expected = 2 * ((2 / 3 - 1 / 2) ** 2 + (2 / 3) ** 2) / 2
     assert objective(one)["stable"].item() == pytest.approx(expected, rel=1e-12)
+    one.student = {("neuron", "spikes"): 4 * spikes}  # behind dropout: all means are four times as large
+    assert objective(one)["stable"].item() == pytest.approx(16 * expected, rel=1e-12)
+    one.student = {("neuron", "spikes"): 0 * spikes}
+    assert objective(one)["stable"].item() == 0
 
 
 @pytest.mark.parametrize("kind", [KDSNN, RelationalKD, SAMD])
