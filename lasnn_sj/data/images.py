@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -239,7 +240,11 @@ def stratified_split(labels: Tensor, held_out: int, seed: int = 0) -> tuple[Tens
 
 
 def load(
-    source: str | Path, root: str | Path = "data", augment: bool = True, download: bool = True
+    source: str | Path,
+    root: str | Path = "data",
+    augment: bool = True,
+    download: bool = True,
+    shrink: int = 1,
 ) -> ImageData:
     """Load a data set by name or file.
 
@@ -250,19 +255,22 @@ def load(
         root: folder of the data sets that have names.
         augment: random crops and flips on the training images (never on digits).
         download: let torchvision download CIFAR when it is not under ``root``.
+        shrink: replace each square of ``shrink x shrink`` pixels by its mean, before any augmentation; 1
+            leaves images as they are.
 
     Raises:
-        ValueError: an unknown name, a file without the arrays, or a folder that is not whole.
+        ValueError: an unknown name, a file without the arrays, a folder that is not whole, or a ``shrink``
+            that does not divide the side of the images.
         FileNotFoundError: the file or folder is not there.
     """
     if source == "digits":
-        return _digits()
+        return _digits(shrink)
     if source in ("cifar10", "cifar100"):
-        return _cifar(str(source), Path(root), augment, download)
+        return _cifar(str(source), Path(root), augment, download, shrink)
     if source == "tiny-imagenet":
-        return _tiny_imagenet(Path(root) / "tiny-imagenet-200", augment)
+        return _tiny_imagenet(Path(root) / "tiny-imagenet-200", augment, shrink)
     if Path(source).suffix == ".npz":
-        return _npz(Path(source), augment)
+        return _npz(Path(source), augment, shrink)
     raise ValueError(
         f"source must be one of {', '.join(NAMES)} or a file that ends in .npz, got {str(source)!r}"
     )
@@ -275,7 +283,23 @@ def transforms(image_size: int, augment: bool) -> v2.Transform:
     return v2.Compose([*(crop if augment else []), *signed])
 
 
-def _digits() -> ImageData:
+@dataclass(frozen=True)
+class _Shrink:
+    """Replace each square of uint8 pixels ``[..., H, W]`` by its mean, rounded."""
+
+    factor: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images.float(), self.factor).round().to(torch.uint8)
+
+
+def _shrunk_size(size: int, factor: int) -> int:
+    if factor < 1 or size % factor:
+        raise ValueError(f"shrink must divide the side of the images, {size} pixels, got {factor}")
+    return size // factor
+
+
+def _digits(shrink: int) -> ImageData:
     from sklearn.datasets import load_digits  # slow to import, needed only here
 
     digits = load_digits()
@@ -283,10 +307,10 @@ def _digits() -> ImageData:
     order = np.random.RandomState(0).permutation(len(images))
     test, train = order[:360], order[360:]
     arrays = (images[train], digits.target[train], images[test], digits.target[test])
-    return _from_arrays("digits", arrays, augment=False)
+    return _from_arrays("digits", arrays, False, shrink)
 
 
-def _cifar(name: str, root: Path, augment: bool, download: bool) -> ImageData:
+def _cifar(name: str, root: Path, augment: bool, download: bool, shrink: int) -> ImageData:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:
         train, test = (kind(str(root), train=is_train, download=download) for is_train in (True, False))
@@ -296,10 +320,10 @@ def _cifar(name: str, root: Path, augment: bool, download: bool) -> ImageData:
             f"downloaded there, without one put torchvision's archive there or give an .npz file"
         ) from error
     arrays = (train.data, np.array(train.targets), test.data, np.array(test.targets))
-    return _from_arrays(name, arrays, augment, STATISTICS[name], train.classes)
+    return _from_arrays(name, arrays, augment, shrink, STATISTICS[name], train.classes)
 
 
-def _npz(path: Path, augment: bool) -> ImageData:
+def _npz(path: Path, augment: bool, shrink: int) -> ImageData:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; it must hold the arrays {', '.join(_KEYS)}")
     try:
@@ -337,26 +361,32 @@ def _npz(path: Path, augment: bool) -> ImageData:
             f"{path}: x_train and x_test must hold images of one shape [H, H, C], got "
             f"{arrays[0].shape[1:]} and {arrays[2].shape[1:]}"
         )
-    return _from_arrays(path.stem, arrays, augment, STATISTICS.get(path.stem))
+    return _from_arrays(path.stem, arrays, augment, shrink, STATISTICS.get(path.stem))
 
 
 def _from_arrays(
     name: str,
     arrays: Sequence[np.ndarray],
     augment: bool,
+    shrink: int = 1,
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     classes: Sequence[str] | None = None,
 ) -> ImageData:
     x_train, y_train, x_test, y_test = arrays
-    size = x_train.shape[1]
+    size = _shrunk_size(x_train.shape[1], shrink)
     if statistics is None:
         flat = x_train.reshape(-1, x_train.shape[-1]) / 255
         statistics = tuple(flat.mean(0).tolist()), tuple(np.maximum(flat.std(0), 1e-3).tolist())
     classes = classes or CLASSES.get(name)
+    train = Images(x_train, y_train, transforms(size, augment), classes)
+    test = Images(x_test, y_test, transforms(size, False), classes)
+    if shrink > 1:
+        for part in (train, test):
+            part.images = torch.cat([_Shrink(shrink)(few) for few in part.images.split(1000)])
     return ImageData(
         name=name,
-        train=Images(x_train, y_train, transforms(size, augment), classes),
-        test=Images(x_test, y_test, transforms(size, False), classes),
+        train=train,
+        test=test,
         num_classes=int(max(y_train.max(), y_test.max())) + 1,
         in_channels=x_train.shape[-1],
         image_size=size,
@@ -382,7 +412,7 @@ class _ImageFiles(Dataset):
         return self.transform(image), label
 
 
-def _tiny_imagenet(folder: Path, augment: bool) -> ImageData:
+def _tiny_imagenet(folder: Path, augment: bool, shrink: int) -> ImageData:
     """The archive's own layout: ``train/ID/images/*.JPEG``, ``val/images``, ``val/val_annotations.txt``."""
     if not (folder / "train").is_dir() or not (folder / "val" / "val_annotations.txt").is_file():
         raise FileNotFoundError(
@@ -410,13 +440,15 @@ def _tiny_imagenet(folder: Path, augment: bool) -> ImageData:
             )
         test.append((folder / "val" / "images" / file, classes[wnid]))
     mean, std = STATISTICS["tiny-imagenet"]
+    size = _shrunk_size(64, shrink)
+    first = [_Shrink(shrink)] if shrink > 1 else []
     return ImageData(
         name="tiny-imagenet",
-        train=_ImageFiles(train, transforms(64, augment)),
-        test=_ImageFiles(test, transforms(64, False)),
+        train=_ImageFiles(train, v2.Compose([*first, transforms(size, augment)])),
+        test=_ImageFiles(test, v2.Compose([*first, transforms(size, False)])),
         num_classes=len(classes),
         in_channels=3,
-        image_size=64,
+        image_size=size,
         mean=mean,
         std=std,
     )

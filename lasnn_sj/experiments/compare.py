@@ -63,6 +63,7 @@ class Comparison(runs.Experiment):
             validation images if not given.
         source: "cifar10", "cifar100", "tiny-imagenet", "digits", or an .npz file.
         root: folder of the downloaded data set.
+        shrink: replace squares of so many pixels by their mean; 1 leaves images as they are.
         ann_weights: safetensors file of a trained intermediate ANN; without one it is trained first, once.
         teacher_checkpoint: file of a trained ResNet-20 (the one of pytorch_resnet_cifar10); without one the
             recipe's teacher is trained first, once, where a row needs it.
@@ -80,15 +81,19 @@ class Comparison(runs.Experiment):
     train_images: int | None = None
     source: str = "cifar10"
     root: Path = Path("data")
+    shrink: int = 1
     ann_weights: Path | None = None
     teacher_checkpoint: Path | None = None
     processes: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recipe.student not in runs.LASNN_STUDENTS:
-            known = config.nearest(self.recipe.student, runs.LASNN_STUDENTS)
+        students = (*runs.LASNN_STUDENTS, *models.list_models("spiking_*"))
+        if self.recipe.student not in students:
+            known = config.nearest(self.recipe.student, students)
             raise ValueError(f"recipe.student: there is no {self.recipe.student!r}{known}")
+        if self.ann_weights is not None and not pipeline.converts(self.recipe.student):
+            raise ValueError(f"ann_weights: {self.recipe.student} is not converted from an ANN")
         if self.judge == "validation" and self.validation_images == 0:
             raise ValueError("validation_images is 0, so that judge: validation has no images")
         folders: dict[str, str] = {}
@@ -178,7 +183,7 @@ class Comparison(runs.Experiment):
         count = len(d.train) if self.train_images is None else self.train_images
         return (
             f"{r.student}, width {r.width:g}, T = {r.T}, {r.encoding} input; {d.name}, {count} training "
-            f"images, {r.epochs} epochs, learning rate {r.lr:g} ({r.lr_schedule}); judged on {len(d.test)} "
+            f"images of {d.image_size}x{d.image_size}, {r.epochs} epochs, learning rate {r.lr:g} ({r.lr_schedule}); judged on {len(d.test)} "
             f"{self.judge} images"
         )
 
@@ -199,8 +204,8 @@ class Comparison(runs.Experiment):
         return self._shared.teacher() if needed else None
 
     @functools.cached_property
-    def _ann(self) -> nn.Module:
-        return self._shared.student("ann")
+    def _ann(self) -> nn.Module | None:
+        return self._shared.student("ann") if self._shared.converts else None
 
     def _given_ann(self) -> nn.Module | None:
         if self.ann_weights is None:
@@ -231,7 +236,7 @@ class Comparison(runs.Experiment):
         return {k: v for k, v in own.items() if k not in free} | more
 
     def _load(self) -> ImageData:
-        return data.load(self.source, self.root)
+        return data.load(self.source, self.root, shrink=self.shrink)
 
     def _limit(self, loaded: ImageData) -> ImageData:
         if self.judge == "validation":

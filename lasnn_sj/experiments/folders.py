@@ -21,7 +21,7 @@ from ..runtime.files import read_json
 from ..training.checkpoint import load_weights
 from ..training.evaluation import evaluate
 from . import config, runs
-from .pipeline import build_encoder, to_snn
+from .pipeline import build_encoder, converts, to_snn
 from .recipes import Recipe, ReverseRecipe
 from .runner import ABOUT
 
@@ -164,7 +164,10 @@ def _load_lasnn(
 ) -> tuple[nn.Module, nn.Module]:
     build = getattr(models, recipe.student)
     size = (about["num_classes"], about["in_channels"], about["image_size"], recipe.width)
-    snn = to_snn(build(*size, spiking=False), recipe)
+    if converts(recipe.student):
+        snn = to_snn(build(*size, spiking=False), recipe)
+    else:
+        snn = accelerate(build(*size))
     snn = load_weights(folder / stage / "weights.safetensors", snn).to(device)
     return snn, build_encoder(recipe, device)
 
@@ -179,14 +182,13 @@ def _load_reverse(
 
 
 def _encoder(text: str) -> nn.Module | None:
-    """The encoder that a run described: mean over squares of pixels, then the same image at each step."""
+    """The encoder that a run described: the same image at each step, or none for event frames."""
     if text == "None":
         return None
-    steps, shrink = re.search(r"DirectEncoder\(T=(\d+)\)", text), re.search(r"kernel_size=(\d+)", text)
+    steps = re.fullmatch(r"DirectEncoder\(T=(\d+)\)", text)
     if steps is None:
         raise config.ConfigError(f"the encoder {text!r} cannot be built from its description")
-    direct = DirectEncoder(int(steps[1]))
-    return direct if shrink is None else nn.Sequential(nn.AvgPool2d(int(shrink[1])), direct)
+    return DirectEncoder(int(steps[1]))
 
 
 def _test_images(about: dict, folder: Path, source: str | None, root: Path, batch: int) -> DataLoader:
@@ -194,13 +196,18 @@ def _test_images(about: dict, folder: Path, source: str | None, root: Path, batc
     if frames is not None:
         frames.pop("augment", None)
         return events.load(name, root, events.Framing(**frames), augment=False).test_loader(batch)
-    return _load_images(name, root, about["num_classes"], about["test"]).test_loader(batch)
+    return _load_images(name, root, about["num_classes"], about["image_size"], about["test"]).test_loader(
+        batch
+    )
 
 
-def _load_images(name: str, root: Path, classes: int, test: int | None) -> data.ImageData:
+def _load_images(name: str, root: Path, classes: int, size: int, test: int | None) -> data.ImageData:
     file = root / f"{name}.npz"
     try:
         loaded = data.load(file if file.is_file() else name, root, download=False)
+        if size < loaded.image_size:
+            shrink = loaded.image_size // size
+            loaded = data.load(file if file.is_file() else name, root, download=False, shrink=shrink)
     except ValueError as error:
         raise config.ConfigError(
             f"the run's data set is {name!r}; say by --source where it is ({error})"
@@ -220,7 +227,7 @@ def _pretrained(folder: Path, source: str | None, root: Path) -> Student:
     def test() -> DataLoader:
         if source is None:
             raise config.ConfigError(f"{folder} does not say which data it was trained on; give --source")
-        return _load_images(source, root, described["num_classes"], None).test_loader(BATCH)
+        return _load_images(source, root, described["num_classes"], size, None).test_loader(BATCH)
 
     size = described.get("image_size", 32)
     shape = (described.get("in_channels", 3), size, size)

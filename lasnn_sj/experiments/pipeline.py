@@ -22,7 +22,7 @@ from ..conversion.convert import balance_thresholds, convert, scale_output
 from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..data.images import ImageData
 from ..distillation import Attention, CrossEntropy, LabelKD, Objective, SpikeKD
-from ..neurons import LinearSurrogate, TimeLoopNode
+from ..neurons import LinearSurrogate, TimeLoopNode, accelerate
 from ..runtime import files, random_state
 from ..runtime.files import check_settings
 from ..training.checkpoint import CheckpointError, load_weights, save_weights
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 32  # time steps of an evaluation in memory at once
 DEFAULT = tuple(name for name, stage in STAGES.items() if not stage.extra)
+OF_AN_ANN = ("ann", "calibrated", "converted", "converted_10T")
 
 
 class Pipeline(Runner):
@@ -54,7 +55,9 @@ class Pipeline(Runner):
         snn_teacher: what teaches in the stage ``"spike_kd"``, a trained SNN for the recipe's encoding.
         device: where to run.
 
-    The stages are those of :data:`~lasnn_sj.analysis.stages.STAGES`; the baselines ``"calibrated"``
+    A student that is not converted (``"spiking_resnet18"``, ...) has the stages ``"teacher"``, ``"start"`` (its
+    initial weights) and those that train it. The stages are those of
+    :data:`~lasnn_sj.analysis.stages.STAGES`; the baselines ``"calibrated"``
     (:func:`~lasnn_sj.conversion.calibrate`, at the recipe's ``T``), ``"label_kd"``
     (:class:`~lasnn_sj.distillation.LabelKD`) and ``"spike_kd"`` (:class:`~lasnn_sj.distillation.SpikeKD`)
     have to be named.
@@ -96,7 +99,17 @@ class Pipeline(Runner):
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown:
             raise ValueError(f"stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+        needs_ann = [stage for stage in stages if stage in OF_AN_ANN]
+        if needs_ann and not self.converts:
+            raise ValueError(
+                f"{self.recipe.student} has no intermediate ANN, which the stages {', '.join(needs_ann)} need"
+            )
         return {stage: self._stage(stage) for stage in stages}
+
+    @property
+    def converts(self) -> bool:
+        """Whether the student is an ANN first, which is converted."""
+        return converts(self.recipe.student)
 
     def encoder(self, T: int | None = None) -> nn.Module:
         """The recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
@@ -122,8 +135,8 @@ class Pipeline(Runner):
             self._make(stage)
         elif stage in STAGES:
             self._stage(stage)
-        net = self._build_ann()
-        return self._load(stage, net if stage == "ann" else to_snn(net, self.recipe))
+        net = self._build_ann() if self.converts else self._build_snn()
+        return self._load(stage, to_snn(net, self.recipe) if self.converts and stage != "ann" else net)
 
     def train(self, row: str, objective: Objective) -> dict[str, float]:
         """Train the start network with an objective, in a folder of its own beside the stages'.
@@ -206,8 +219,11 @@ class Pipeline(Runner):
         if path.exists():
             return
         with self._lock:
-            before = self.student("converted" if stage == "start" else "ann")
             path.parent.mkdir(exist_ok=True)
+            if not self.converts:
+                save_weights(path, self._build_snn())
+                return
+            before = self.student("converted" if stage == "start" else "ann")
             random_state.seed_everything(self.recipe.seed)
             images, labels = self._calibration_batch()
             make = self._make_converted if stage == "converted" else self._make_start
@@ -305,6 +321,16 @@ class Pipeline(Runner):
                     module.p = r.classifier_dropout
         return net.to(self.device)
 
+    def _build_snn(self) -> nn.Module:
+        r, d = self.recipe, self.data
+        random_state.seed_everything(r.seed + 1)
+        net = models.create(
+            r.student, num_classes=d.num_classes, in_channels=d.in_channels, image_size=d.image_size,
+            width=r.width,
+        )  # fmt: skip
+        accelerate(net)
+        return net.to(self.device)
+
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
         path = self.run_dir / folder_name(stage) / "weights.safetensors"
         try:
@@ -320,6 +346,11 @@ class Pipeline(Runner):
             (path.parent / "result.json").unlink(missing_ok=True)
             self._stage(stage)
         return load_weights(path, net)
+
+
+def converts(student: str) -> bool:
+    """Whether a network of :mod:`lasnn_sj.models` is an ANN first, which is converted."""
+    return not student.startswith("spiking_")
 
 
 def to_snn(ann: nn.Module, recipe: Recipe) -> nn.Module:

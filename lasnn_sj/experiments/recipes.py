@@ -11,7 +11,9 @@ class Recipe:
     """One LaSNN run, with the paper's settings as defaults.
 
     Attributes:
-        student: network of :mod:`lasnn_sj.models`, as intermediate ANN and as SNN.
+        student: network of :mod:`lasnn_sj.models`. One of LaSNN's (``"vgg5"``, ...) is trained as an ANN and
+            converted; an SNN with batch norm (``"spiking_resnet18"``, ...) has no ANN, and stage 3 starts
+            from its initial weights.
         width: factor of the student's channels.
         T: time steps of training and inference.
         encoding: ``"poisson"`` or ``"direct"``.

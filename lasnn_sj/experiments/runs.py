@@ -287,8 +287,8 @@ class ReverseOnImages(_Reverse):
         root: folder of the downloaded data set.
         classes: the first so many classes, all if not given.
         per_class: training images of each class, all if not given.
-        shrink: mean over squares of so many pixels, in front of the network (VGG16 needs 32x32); 1 leaves
-            images as they are.
+        shrink: replace squares of so many pixels by their mean (VGG16 needs 32x32); 1 leaves images as they
+            are.
     """
 
     method: ClassVar[str] = "reverse"
@@ -315,15 +315,15 @@ class ReverseOnImages(_Reverse):
         )
 
     def _load(self) -> ImageData:
-        return data.load(self.source, self.root)
+        return data.load(self.source, self.root, shrink=self.shrink)
 
     def _limit(self, loaded: ImageData) -> ImageData:
         if self.classes is not None or self.per_class is not None:
             loaded = loaded.first_classes(self.classes or loaded.num_classes, self.per_class)
-        return dataclasses.replace(loaded, image_size=loaded.image_size // self.shrink)
+        return loaded
 
     def _encoder(self, seed: int) -> nn.Module:
-        return nn.Sequential(nn.AvgPool2d(self.shrink), DirectEncoder(self.T))
+        return DirectEncoder(self.T)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,14 +51,13 @@ class Reverse:
     recipe: ReverseRecipe
     T: int
     framing: events.Framing | None
-    shrink: int
     reduced: str
 
     def encoder(self) -> nn.Module | None:
         """Images to time steps; event frames have them."""
         if self.framing is not None:
             return None
-        return nn.Sequential(nn.AvgPool2d(self.shrink), DirectEncoder(self.T))
+        return DirectEncoder(self.T)
 
 
 def lasnn(row: Row, scale: Scale, seed: int) -> Lasnn:
@@ -111,14 +110,14 @@ def reverse_kd(row: Row, scale: Scale, seed: int) -> Reverse:
     framing = events.Framing(T=T, shrink=shrink) if on_events else None
     recipe = replace(recipe, student=row.net, seed=seed)
     if scale == "full":
-        return Reverse(recipe, T, framing, shrink, "")
+        return Reverse(recipe, T, framing, "")
     images = "not augmented" if on_events else "4,500 images of 10 classes"
     parts = [_fewer(scale, images), f"width {recipe.width:g}", f"{recipe.epochs} of 200 epochs"]
     if T != row.T:
         parts.append(f"T {T} of {row.T}")
     if shrink > 1:
         parts.append(f"{(128 if on_events else 32) // shrink} pixels")
-    return Reverse(recipe, T, framing, shrink, ", ".join(parts))
+    return Reverse(recipe, T, framing, ", ".join(parts))
 
 
 @lru_cache(maxsize=4)
@@ -130,12 +129,13 @@ def images(dataset: str, scale: Scale, root: Path, second_paper: bool = False) -
     if scale == "smoke":
         return data.load("digits").split(100).subset(256, 64)
     file = root / f"{dataset}.npz"
-    loaded = data.load(file if file.is_file() else dataset, root)
+    shrink = 2 if second_paper and scale == "small" else 1
+    loaded = data.load(file if file.is_file() else dataset, root, shrink=shrink)
     if scale == "full":
         return loaded
     loaded = loaded.split(len(loaded.train) // 10)
     if second_paper:
-        return replace(loaded.first_classes(10, 450), image_size=loaded.image_size // 2)
+        return loaded.first_classes(10, 450)
     return loaded.subset(4000, 5000, 1000)
 
 

@@ -7,6 +7,7 @@ builder                  kind neurons         batch norm used as
 ======================== ==== =============== ========== ====================================================
 :func:`vgg16`            SNN  LIF, soft reset no         LaSNN's student; its ANN with ``spiking=False``
 :func:`spiking_vgg16`    SNN  IF, hard reset  yes        student of the reverse-distillation paper
+:func:`spiking_vgg9`     SNN  IF, hard reset  yes        small student, trained directly
 :func:`teacher_vgg16`    ANN  ReLU            yes        LaSNN's teacher
 :func:`resnet12`         SNN  LIF, soft reset no         LaSNN's student; its ANN with ``spiking=False``
 :func:`resnet20`         SNN  LIF, soft reset no         Rathi's: stem of three convolutions, four stages
@@ -25,10 +26,12 @@ from .resnet import ResNet, resnet12, resnet20
 from .spiking_nets import (
     SpikingResNet18,
     SpikingResNet19,
+    SpikingVGG9,
     SpikingVGG16,
     SpikingWRN16,
     spiking_resnet18,
     spiking_resnet19,
+    spiking_vgg9,
     spiking_vgg16,
     spiking_wrn16_4,
 )
@@ -48,6 +51,7 @@ __all__ = [
     "ResNet",
     "SpikingResNet18",
     "SpikingResNet19",
+    "SpikingVGG9",
     "SpikingVGG16",
     "SpikingWRN16",
     "conv3_linear2",
@@ -62,6 +66,7 @@ __all__ = [
     "save_pretrained",
     "spiking_resnet18",
     "spiking_resnet19",
+    "spiking_vgg9",
     "spiking_vgg16",
     "spiking_wrn16_4",
     "teacher_densenet121",

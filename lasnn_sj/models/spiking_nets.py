@@ -178,26 +178,28 @@ class SpikingWRN16(nn.Module):
         return self.classifier(self.neuron(self.norm(currents)))
 
 
-class SpikingVGG16(nn.Module):
-    """VGG16 of the reverse-distillation paper: batch norm, IF neurons, max pools, one linear layer.
+class SpikingVGG(nn.Module):
+    """Base of the VGG networks: batch norm, IF neurons, max pools, global average pooling, one linear layer.
 
-    The classifier is the usual one of the CIFAR form, as in :func:`~lasnn_sj.models.teacher_vgg16`.
+    The classifier is the usual one of the CIFAR form, as in :func:`~lasnn_sj.models.teacher_vgg16`. A subclass
+    sets ``PLAN``: channels of the convolutions, ``"M"`` for a max pool.
 
     Args:
         num_classes, in_channels, width: as for :class:`SpikingResNet18`.
-        image_size: side of the square images, at least 32.
+        image_size: side of the square images, at least one pixel for the last pool's output.
 
     Shape:
         as :class:`SpikingResNet18`
     """
 
-    PLAN = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+    PLAN: tuple[int | str, ...]
 
     def __init__(
         self, num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
     ) -> None:
         super().__init__()
-        halvings, channels = _halvings(image_size, smallest=32), scaled(self.PLAN[0], width)
+        halvings = _halvings(image_size, smallest=2 ** self.PLAN.count("M"))
+        channels = scaled(self.PLAN[0], width)
         self.stem = nn.Sequential(*_unit(in_channels, channels, stride=2 if halvings else 1))
         self.pools = _pools(halvings - 1)
         features: list[nn.Module] = []
@@ -214,6 +216,21 @@ class SpikingVGG16(nn.Module):
         """Map encoded images or event frames to the class scores of every step."""
         check_input(x, spiking=True)
         return self.classifier(self.features(self.pools(self.stem(x))))
+
+
+class SpikingVGG16(SpikingVGG):
+    """VGG16 of the reverse-distillation paper, for images of 32 pixels and more; see :class:`SpikingVGG`."""
+
+    PLAN = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+
+
+class SpikingVGG9(SpikingVGG):
+    """Eight convolutions and a linear layer, for images of 8 pixels and more; see :class:`SpikingVGG`.
+
+    VGG-11's plan without its last stage, with two convolutions in each of the first two.
+    """
+
+    PLAN = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512)
 
 
 def _lif() -> neuron.LIFNode:
@@ -327,11 +344,22 @@ def spiking_wrn16_4(
 def spiking_vgg16(
     num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> SpikingVGG16:
-    """Spiking VGG16 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG16`.
+    """Spiking VGG16 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG`.
 
     Not LaSNN's :func:`vgg16` (no batch norm, LIF neurons) and not the ANN :func:`teacher_vgg16`.
     """
     return SpikingVGG16(num_classes, in_channels, image_size, width)
+
+
+@builder
+def spiking_vgg9(
+    num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
+) -> SpikingVGG9:
+    """Spiking VGG-9 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG`.
+
+    Not LaSNN's :func:`vgg9` (no batch norm, LIF neurons).
+    """
+    return SpikingVGG9(num_classes, in_channels, image_size, width)
 
 
 @builder
