@@ -16,7 +16,12 @@ from .objective import Objective, Signals
 
 
 def sparse_kd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    reduction: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     """Distillation of softened logits, reverse-KD's Eq. 4-5.
 
@@ -30,14 +35,16 @@ def sparse_kd(
         labels: ``[N]``.
         temperature: ``tau``, above 0.
         alpha: weight of the distillation, in [0, 1]; at 0 this is the cross-entropy.
+        reduction: over the classes, ``"sum"`` as in the definition of the divergence, or ``"mean"``, ``K`` times
+            smaller, as of code that calls ``torch.nn.KLDivLoss()`` with its default.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: a temperature or weight out of range, or logits of unequal shape.
+        ValueError: a temperature, weight or reduction out of range, or logits of unequal shape.
     """
-    return sum(_sparse_kd(student_logits, teacher_logits, labels, temperature, alpha).values())
+    return sum(_sparse_kd(student_logits, teacher_logits, labels, temperature, alpha, reduction).values())
 
 
 def default_kd(
@@ -73,9 +80,15 @@ def default_kd(
 
 
 def _sparse_kd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    reduction: str = "sum",
 ) -> dict[str, Tensor]:
     _check_weights(temperature, alpha)
+    _check_reduction(reduction)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student and teacher must have the same classes, got logits {tuple(student_logits.shape)} "
@@ -87,6 +100,8 @@ def _sparse_kd(
         reduction="batchmean",
         log_target=True,
     )
+    if reduction == "mean":
+        divergence = divergence / student_logits.shape[1]
     return {
         "ce": (1 - alpha) * F.cross_entropy(student_logits, labels),
         "kd": alpha * temperature**2 * divergence,
@@ -119,6 +134,11 @@ def _check_weights(temperature: float, alpha: float) -> None:
         raise ValueError(f"temperature must be a number above 0, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,20 +180,25 @@ class SparseKD(Objective):
             the trainer reads a student's with ``readout="auto"``.
         temperature: ``tau``, above 0.
         alpha: weight of the distillation, in [0, 1]. The paper gives neither; both defaults are ours.
+        reduction: of the divergence over the classes, ``"sum"`` or ``"mean"``; see :func:`sparse_kd`.
     """
 
     teacher: nn.Module = field(repr=False)
     temperature: float = 4.0
     alpha: float = 0.5
+    reduction: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         _check_weights(self.temperature, self.alpha)
+        _check_reduction(self.reduction)
         self.teacher.eval().requires_grad_(False)
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"ce": (1 - alpha) * CE, "kd": alpha * tau^2 * KL}``."""
         logits = self.teacher_logits(signals.inputs, len(signals.labels))
-        return _sparse_kd(signals.scores, logits, signals.labels, self.temperature, self.alpha)
+        return _sparse_kd(
+            signals.scores, logits, signals.labels, self.temperature, self.alpha, self.reduction
+        )
 
     def teacher_logits(self, inputs: Tensor, batch: int) -> Tensor:
         """The teacher's class scores ``[N, K]`` of encoded inputs ``[T, N, ...]``."""

@@ -283,7 +283,9 @@ class Comparison(runs.Experiment):
                 row,
                 str(len(found)),
                 text.spread([r["top1"] for r in found]),
-                "" if row in (self.baseline, START) else _gain(paired(results, row, self.baseline)),
+                ""
+                if row in (self.baseline, START)
+                else text.gain(paired(results, row, self.baseline).values()),
                 f"x {statistics.mean(ratios.values()):.2f}" if ratios else "",
                 text.mean([r.get("seconds_per_epoch") for r in found], ".1f"),
                 text.mean([r.get("peak_memory_mib") for r in found], ".0f"),
@@ -291,7 +293,9 @@ class Comparison(runs.Experiment):
             ]
             if self.gains:
                 other = self.gains.get(row)
-                line.insert(4, "" if other is None else f"{_gain(paired(results, row, other))} ({other})")
+                line.insert(
+                    4, "" if other is None else f"{text.gain(paired(results, row, other).values())} ({other})"
+                )
             lines.append(line)
         return text.markdown(lines)
 
@@ -331,14 +335,6 @@ def paired(
     rows, others = results[row], results.get(other, {})
     both = {s: (r.get(key), others[s].get(key)) for s, r in rows.items() if s in others}
     return {seed: of(a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
-
-
-def _gain(gains: Mapping[int, float]) -> str:
-    if not gains:
-        return ""
-    values = list(gains.values())
-    half = text.interval(values)
-    return f"{statistics.mean(values):+.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def _must_be_there(key: str, path: Path) -> None:

@@ -180,7 +180,7 @@ class Pipeline(Runner):
             raise ValueError(f"the stage {stage} needs an SNN that teaches: give Pipeline an snn_teacher")
         if needs == "ann" and self._ann is None:
             self._stage("ann")
-        elif needs not in (None, "ann"):
+        elif needs not in (None, "ann") and (self.converts or needs not in OF_AN_ANN):
             self._make(needs)
         if teacher == "ann" and self._given is None:
             self._stage("teacher")
@@ -328,8 +328,8 @@ class Pipeline(Runner):
             r.student, num_classes=d.num_classes, in_channels=d.in_channels, image_size=d.image_size,
             width=r.width,
         )  # fmt: skip
-        accelerate(net)
-        return net.to(self.device)
+        # a quarter less time on a CPU; the neurons take the layout as it is
+        return accelerate(net).to(self.device, memory_format=torch.channels_last)
 
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
         path = self.run_dir / folder_name(stage) / "weights.safetensors"

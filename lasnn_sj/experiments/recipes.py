@@ -120,11 +120,13 @@ class ReverseRecipe:
         scope: ``"global"`` or ``"layer"``, what is ranked together when a teacher is pruned.
         temperature: of sparse-KD's softening.
         alpha: weight of sparse-KD's distillation, in [0, 1].
+        reduction: of sparse-KD's divergence over the classes, ``"sum"`` or ``"mean"``.
         default: whether there is a row of teacher-default KD.
         default_probability: the virtual teacher's, of the true class, above 1 / K.
         default_temperature: of the virtual teacher's softening.
         default_alpha: weight of teacher-default KD's distillation, in [0, 1].
         default_soften: ``"probability"`` or ``"log"``, what of the virtual teacher is softened.
+        precision: of convolutions and linear layers.
         validate_every: epochs between evaluations on the validation samples.
         seed: of weights, order of the samples and random codes; the same for every row.
         workers: processes that load samples.
@@ -141,11 +143,13 @@ class ReverseRecipe:
     scope: Literal["global", "layer"] = "global"
     temperature: float = 4.0
     alpha: float = 0.5
+    reduction: Literal["sum", "mean"] = "sum"
     default: bool = True
     default_probability: float = 0.99
     default_temperature: float = 20.0
     default_alpha: float = 0.1
     default_soften: Literal["probability", "log"] = "probability"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     validate_every: int = 1
     seed: int = 0
     workers: int = 0

@@ -24,6 +24,7 @@ from ..runtime import files, random_state
 from ..runtime.files import check_settings
 from ..training.checkpoint import CheckpointError, load_weights
 from ..training.evaluation import evaluate
+from ..training.options import TrainingOptions
 from ..training.trainer import Trainer
 from . import text
 from .recipes import ReverseRecipe
@@ -108,13 +109,13 @@ class ReversePipeline(Runner):
         return load_weights(path, net)
 
     def _sparse(self, ratio: float) -> Result:
-        row = f"sparse {ratio:g}"
+        r, row = self.recipe, f"sparse {ratio:g}"
         result = self._finished(row)
         if result is not None:
             return result
-        teacher = prune_magnitude(self.student("alone"), ratio, self.recipe.scope)
-        accuracy = evaluate(teacher, self._test(self.recipe.batch), self.encoder, device=self.device)["top1"]
-        return self._row(row, SparseKD(teacher, self.recipe.temperature, self.recipe.alpha), accuracy)
+        teacher = prune_magnitude(self.student("alone"), ratio, r.scope)
+        accuracy = evaluate(teacher, self._test(r.batch), self.encoder, device=self.device)["top1"]
+        return self._row(row, SparseKD(teacher, r.temperature, r.alpha, r.reduction), accuracy)
 
     def _row(self, row: str, objective: Objective, teacher_top1: float | None = None) -> Result:
         more = {} if teacher_top1 is None else {"teacher_top1": teacher_top1}
@@ -135,6 +136,7 @@ class ReversePipeline(Runner):
             run_dir=folder,
             device=self.device,
             seed=r.seed,
+            options=TrainingOptions(precision=r.precision),
         )
         cost = self._fit(trainer, r.epochs, r.batch)
         return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | cost
@@ -154,7 +156,7 @@ class ReversePipeline(Runner):
 def table(runs: Sequence[Mapping[str, Result]]) -> str:
     """Markdown table of one run, or of several seeds as mean and sample standard deviation.
 
-    The last column is the gain over the student alone, seed by seed.
+    The gain over the student alone is the mean of the differences by seed, with its 95 % t-interval.
     """
     of = "" if len(runs) == 1 else f", mean ± deviation of {len(runs)} seeds"
     rows = [("", "teacher top-1 %", f"student top-1 %{of}", "gain", "seconds")]
@@ -164,7 +166,7 @@ def table(runs: Sequence[Mapping[str, Result]]) -> str:
             title(row),
             "" if None in teacher else text.spread(teacher),
             text.spread([run[row]["top1"] for run in runs]),
-            "" if row == "alone" else text.spread([r[row]["top1"] - r["alone"]["top1"] for r in runs], "+"),
+            "" if row == "alone" else text.gain([r[row]["top1"] - r["alone"]["top1"] for r in runs]),
             text.mean([run[row]["seconds"] for run in runs], ".0f"),
         ))  # fmt: skip
     return text.markdown(rows)

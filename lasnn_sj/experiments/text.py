@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -15,12 +15,21 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float], sign: str = "", empty: str = "not run") -> str:
+def spread(values: Sequence[float], empty: str = "not run") -> str:
     """Format mean ± sample standard deviation; of one value the value, of none ``empty``."""
     if not values:
         return empty
-    mean = f"{statistics.mean(values):{sign}.2f}"
+    mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def gain(differences: Iterable[float]) -> str:
+    """Format the mean of paired differences, with its sign and 95 % t-interval; empty if there is none."""
+    values = list(differences)
+    if not values:
+        return ""
+    half = interval(values)
+    return f"{statistics.mean(values):+.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def mean(values: Sequence[float | None], form: str) -> str:

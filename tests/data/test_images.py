@@ -95,6 +95,26 @@ def test_npz_round_trip(tmp_path):
         assert labels == arrays()[f"y_{role}"].tolist()
 
 
+def test_shrunk_images_are_the_means_of_squares_of_pixels(tmp_path):
+    loaded = data.load(saved(tmp_path / "mine.npz"), augment=False, shrink=2)
+    assert loaded.image_size == 4
+    for role in ("train", "test"):
+        images, _ = stacked(getattr(loaded, role))
+        squares = arrays()[f"x_{role}"].astype(float).reshape(-1, 4, 2, 4, 2, 3).mean((2, 4))
+        expected = np.round(squares).transpose(0, 3, 1, 2) / 127.5 - 1
+        np.testing.assert_allclose(images, expected, atol=1e-6)
+    augmented = data.load(saved(tmp_path / "mine.npz"), shrink=2)
+    assert augmented.train[0][0].shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("shrink", [0, 3, 16])
+def test_a_shrink_that_does_not_divide_the_images_is_refused(tmp_path, shrink):
+    with pytest.raises(
+        ValueError, match=f"shrink must divide the side of the images, 8 pixels, got {shrink}"
+    ):
+        data.load(saved(tmp_path / "mine.npz"), shrink=shrink)
+
+
 def test_npz_without_channel_axis_and_with_labels_in_a_column(tmp_path):
     """The layout of keras.datasets: mnist has no channel axis, cifar10 labels [n, 1]."""
     grey = {name: array[..., 0] if name[0] == "x" else array[:, None] for name, array in arrays().items()}
@@ -413,6 +433,14 @@ def test_tiny_imagenet_folder(tiny):
         colours = torch.tensor(colours).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
         # JPEG keeps a grey of one shade to a level or so of 255
         torch.testing.assert_close(images, colours / 127.5 - 1, rtol=0, atol=2 / 127.5)
+
+
+def test_tiny_imagenet_shrunk(tiny):
+    loaded = data.load("tiny-imagenet", tiny, augment=False, shrink=4)
+    assert loaded.image_size == 16
+    images, _ = stacked(loaded.train)
+    colours = torch.tensor([0, 10, 100, 110]).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    torch.testing.assert_close(images, colours / 127.5 - 1, rtol=0, atol=2 / 127.5)
 
 
 def test_a_damaged_image_is_named(tiny):

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from lasnn_sj import __main__ as cli
+from lasnn_sj import models
 from lasnn_sj.data.images import Images, labels_of
 from lasnn_sj.experiments import compare, jobs, pipeline, runs, text
 from lasnn_sj.experiments.config import ConfigError
+from lasnn_sj.experiments.recipes import Recipe
 
 CONFIG = runs.CONFIGS / "compare_digits.yaml"
+SPIKING = Recipe(student="spiking_vgg9", width=0.1, T=2, encoding="direct", epochs=1, batch=32, lr=1e-3)
 ROWS = {"hybrid": "CrossEntropy()", "label KD": "LabelKD(temperature=2.0)"}
 
 
@@ -106,6 +109,29 @@ def test_what_is_finished_is_not_run_again_and_rows_may_be_added(finished, tmp_p
     assert more[1]["hybrid"] == results[1]["hybrid"]
 
 
+def test_a_student_with_batch_norm_starts_from_its_initial_weights(tmp_path, capsys):
+    few = {"rows": {"CE": "CrossEntropy()"}, "baseline": "CE", "recipe": SPIKING, "seeds": (0,)}
+    run = comparison(tmp_path, **few, train_images=64, judged_images=50)
+    results = run.run()[0]
+    assert results["start (not trained)"]["top1"] < 25  # ten classes
+    assert not (tmp_path / "seed0" / "converted").exists()
+    assert not (tmp_path / "shared" / "ann").exists()
+    start = load_file(tmp_path / "seed0" / "start" / "weights.safetensors")
+    torch.manual_seed(1)
+    built = models.create("spiking_vgg9", num_classes=10, in_channels=1, image_size=8, width=0.1).state_dict()
+    assert all(torch.equal(start[name], weights) for name, weights in built.items())
+    cli.main(["evaluate", str(tmp_path), "CE"])
+    assert f"{results['CE']['top1']:.2f}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="spiking_vgg9 has no intermediate ANN, which the stages ann need"):
+        run.part(0).run(["ann"])
+
+
+def test_images_may_be_smaller(tmp_path):
+    run = comparison(tmp_path, recipe=dataclasses.replace(SPIKING, student="spiking_resnet18"), shrink=2)
+    assert run.data.image_size == 4
+    assert "images of 4x4" in run.title()
+
+
 def test_another_objective_or_setting_in_the_same_folder_is_refused(finished):
     folder, _ = finished
     with pytest.raises(
@@ -168,6 +194,7 @@ def test_an_interval_by_hand():
     ({"rows": ROWS | {"start": "CrossEntropy()"}}, "'start' needs another name"),
     ({"validation_images": 0}, "validation_images is 0"),
     ({"processes": 0}, "processes must be at least 1, got 0"),
+    ({"recipe": SPIKING, "ann_weights": Path("w")}, "ann_weights: spiking_vgg9 is not converted from an ANN"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_named(changes, said, tmp_path):
     with pytest.raises(ValueError, match=said):

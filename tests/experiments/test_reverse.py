@@ -46,6 +46,14 @@ def test_sparse_kd_is_a_mean_over_the_batch_and_a_sum_over_the_classes():
     assert sparse_kd(student, teacher, torch.tensor([0, 1]), 1, 1).item() == pytest.approx(KL / 2, rel=1e-6)
 
 
+def test_sparse_kd_as_a_mean_over_the_classes():
+    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
+    loss = sparse_kd(student, teacher, torch.tensor([0]), 1, 0.5, reduction="mean")
+    assert loss.item() == pytest.approx(0.5 * KL / 2 + 0.5 * math.log(2), rel=1e-6)
+    with pytest.raises(ValueError, match='reduction must be "sum" or "mean", got \'none\''):
+        SparseKD(nn.Identity(), reduction="none")
+
+
 def test_the_teacher_comes_first_in_the_divergence():
     """KL(p || q) of p = (3/4, 1/4) and q = (1/4, 3/4) with other numbers than KL(q || p): three classes."""
     p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.3, 0.3, 0.4]])
@@ -400,7 +408,8 @@ def test_the_table_by_hand(tmp_path):
         "seconds",
     ]
     assert lines[2] == ["student alone", "", "52.00 ± 2.83", "", "1"]
-    assert lines[3] == ["sparse-KD, pruned 0.3", "42.00 ± 2.83", "52.50 ± 0.71", "+0.50 ± 2.12", "2"]
+    interval = "+0.50 ± 19.06"  # 12.706 * 2.1213 / sqrt(2)
+    assert lines[3] == ["sparse-KD, pruned 0.3", "42.00 ± 2.83", "52.50 ± 0.71", interval, "2"]
     assert reverse.title("sparse 0") == "self-KD (teacher not pruned)"
     reverse.write_csv(tmp_path / "table.csv", runs)
     assert (tmp_path / "table.csv").read_text().splitlines()[2] == "0,sparse 0.3,40.0,52.0,,,2"

@@ -13,6 +13,7 @@ NETS = {
     "resnet18": models.spiking_resnet18,
     "wrn16_4": models.spiking_wrn16_4,
     "vgg16": models.spiking_vgg16,
+    "vgg9": models.spiking_vgg9,
 }
 
 # Weights of the 3x3 convolutions between so many channels, and so on: c * c' * 9, c * c'.
@@ -28,12 +29,15 @@ W_NORMS = 2 * (16 + 3 * 64 + 64 + 3 * 128 + 128 + 3 * 256 + 256)
 V_STEM = 3 * 64 * 9
 V = (64 * 64 * 9, 64 * 128 * 9 + 128 * 128 * 9, 128 * 256 * 9 + 2 * 256 * 256 * 9,
      256 * 512 * 9 + 2 * 512 * 512 * 9, 3 * 512 * 512 * 9)  # fmt: skip
+V9 = (64 * 64 * 9, 64 * 128 * 9 + 128 * 128 * 9, 128 * 256 * 9 + 256 * 256 * 9, 256 * 512 * 9 + 512 * 512 * 9)
+V9_NORMS = 2 * (2 * 64 + 2 * 128 + 2 * 256 + 2 * 512)
 V_NORMS = 2 * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512)
 
 PARAMETERS = {
     "resnet18": R_STEM + R1 + R2 + R3 + R4 + R_NORMS + 512 * 100 + 100,
     "wrn16_4": W_STEM + W1 + R2 + R3 + W_NORMS + 256 * 100 + 100,
     "vgg16": V_STEM + sum(V) + V_NORMS + 512 * 100 + 100,
+    "vgg9": V_STEM + sum(V9) + V9_NORMS + 512 * 100 + 100,
 }
 # Multiply-adds of one 32x32 image and step: first convolution, everything behind it.
 MACS = {
@@ -43,12 +47,14 @@ MACS = {
         V_STEM * 1024,
         V[0] * 1024 + V[1] * 256 + V[2] * 64 + V[3] * 16 + V[4] * 4 + 512 * 100,
     ),
+    "vgg9": (V_STEM * 1024, V9[0] * 1024 + V9[1] * 256 + V9[2] * 64 + V9[3] * 16 + 512 * 100),
 }
 
 
 def test_the_numbers_by_hand_are_the_usual_ones():
-    assert PARAMETERS == {"resnet18": 11_220_132, "wrn16_4": 2_772_020, "vgg16": 14_770_212}
-    assert {name: sum(parts) for name, parts in MACS.items()} == {
+    usual = {"resnet18": 11_220_132, "wrn16_4": 2_772_020, "vgg16": 14_770_212}
+    assert {name: PARAMETERS[name] for name in usual} == usual
+    assert {name: sum(MACS[name]) for name in usual} == {
         "resnet18": 555_468_800, "wrn16_4": 392_635_392, "vgg16": 313_247_744,
     }  # fmt: skip
 
@@ -88,7 +94,7 @@ def test_forms(name, channels, size):
 @pytest.mark.parametrize("name", NETS)
 def test_neurons_are_stock_if_nodes(name):
     nodes = [m for m in NETS[name](10, width=0.1).modules() if isinstance(m, neuron.BaseNode)]
-    assert len(nodes) == {"resnet18": 17, "wrn16_4": 13, "vgg16": 13}[name]
+    assert len(nodes) == {"resnet18": 17, "wrn16_4": 13, "vgg16": 13, "vgg9": 8}[name]
     for node in nodes:
         assert type(node) is neuron.IFNode
         assert (node.v_threshold, node.v_reset, node.detach_reset) == (1.0, 0.0, True)
@@ -158,6 +164,7 @@ def test_every_weight_gets_a_gradient_stock_and_accelerated(name):
 
 @pytest.mark.parametrize(("name", "arguments", "message"), [
     ("vgg16", {"image_size": 16}, "image_size must be .* at least 32 for this network, got 16"),
+    ("vgg9", {"image_size": 7}, "image_size must be .* at least 8 for this network, got 7"),
     ("resnet18", {"image_size": 0}, "image_size must be .* at least 1"),
     ("wrn16_4", {"image_size": 32.0}, "image_size must be a whole number"),
     ("resnet18", {"width": 0}, "width must be a positive number"),
