@@ -35,8 +35,8 @@ def sparse_kd(
         labels: ``[N]``.
         temperature: ``tau``, above 0.
         alpha: weight of the distillation, in [0, 1]; at 0 this is the cross-entropy.
-        reduction: over the classes, ``"sum"`` as in the definition of the divergence, or ``"mean"``, ``K`` times
-            smaller, as of code that calls ``torch.nn.KLDivLoss()`` with its default.
+        reduction: over the classes, ``"sum"`` as in the definition of the divergence, or ``"mean"``, ``K``
+            times smaller, as of code that calls ``torch.nn.KLDivLoss()`` with its default.
 
     Returns:
         A scalar.

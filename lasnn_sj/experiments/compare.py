@@ -183,8 +183,8 @@ class Comparison(runs.Experiment):
         count = len(d.train) if self.train_images is None else self.train_images
         return (
             f"{r.student}, width {r.width:g}, T = {r.T}, {r.encoding} input; {d.name}, {count} training "
-            f"images of {d.image_size}x{d.image_size}, {r.epochs} epochs, learning rate {r.lr:g} ({r.lr_schedule}); judged on {len(d.test)} "
-            f"{self.judge} images"
+            f"images of {d.image_size}x{d.image_size}, {r.epochs} epochs, learning rate {r.lr:g} "
+            f"({r.lr_schedule}); judged on {len(d.test)} {self.judge} images"
         )
 
     @functools.cached_property

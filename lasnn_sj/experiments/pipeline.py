@@ -55,8 +55,8 @@ class Pipeline(Runner):
         snn_teacher: what teaches in the stage ``"spike_kd"``, a trained SNN for the recipe's encoding.
         device: where to run.
 
-    A student that is not converted (``"spiking_resnet18"``, ...) has the stages ``"teacher"``, ``"start"`` (its
-    initial weights) and those that train it. The stages are those of
+    A student that is not converted (``"spiking_resnet18"``, ...) has the stages ``"teacher"``, ``"start"``
+    (its initial weights) and those that train it. The stages are those of
     :data:`~lasnn_sj.analysis.stages.STAGES`; the baselines ``"calibrated"``
     (:func:`~lasnn_sj.conversion.calibrate`, at the recipe's ``T``), ``"label_kd"``
     (:class:`~lasnn_sj.distillation.LabelKD`) and ``"spike_kd"`` (:class:`~lasnn_sj.distillation.SpikeKD`)

@@ -181,8 +181,8 @@ class SpikingWRN16(nn.Module):
 class SpikingVGG(nn.Module):
     """Base of the VGG networks: batch norm, IF neurons, max pools, global average pooling, one linear layer.
 
-    The classifier is the usual one of the CIFAR form, as in :func:`~lasnn_sj.models.teacher_vgg16`. A subclass
-    sets ``PLAN``: channels of the convolutions, ``"M"`` for a max pool.
+    The classifier is the usual one of the CIFAR form, as in :func:`~lasnn_sj.models.teacher_vgg16`. A
+    subclass sets ``PLAN``: channels of the convolutions, ``"M"`` for a max pool.
 
     Args:
         num_classes, in_channels, width: as for :class:`SpikingResNet18`.
