@@ -38,6 +38,7 @@ from .spikes import first_samples, record_traces, spike_statistics, threshold_of
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files; to be raised when their meaning changes
+EXITS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)  # confidences at which a sample stops
 MOST_STEPS = 256  # time steps of the traces that are kept
 
 
@@ -98,11 +99,12 @@ def inspect_student(
     """Inspect a trained student and write ``inspection.json`` and ``inspection.npz`` into a folder.
 
     The first file holds accuracy after each time step, operations and energy by then beside those of the
-    same network as ANN, firing rate, spikes and threshold of each layer, and versions, hardware and command
-    line. The second holds the confusion matrix; for some samples that the student gets right and some that
-    it gets wrong, the input as a picture and the attention maps of both networks at each level as training
-    compares them: L2-normalized, the teacher's at the student's size (Eq. 5-6, 10-11); and for the first of
-    them spikes and potentials of a few neurons of each layer.
+    same network as ANN, accuracy and steps used with early exit, firing rate, spikes and threshold of each
+    layer, and versions, hardware and command line. The second holds the confusion matrix; for some
+    samples that the student gets right and some that it gets wrong, the input as a picture and the
+    attention maps of both networks at each level as training compares them: L2-normalized, the teacher's
+    at the student's size (Eq. 5-6, 10-11); and for the first of them spikes and potentials of a few
+    neurons of each layer.
 
     Networks and random-number generators are left as they were. With several processes all must call it;
     the first writes.
@@ -150,7 +152,7 @@ def inspect_student(
         with _preserved(student, teacher, encoder):
             operations = count_operations(student, loader, encoder, device=device)
         result = evaluate(student, loader, encoder, readout=readout, device=device, over_time=every_step,
-                          confusion=True)  # fmt: skip
+                          confusion=True, early_exit=EXITS if every_step else None)  # fmt: skip
         seen = spike_statistics(student, loader, encoder, samples=samples, device=device)
         given = attention is not None and attention.pairs is not None
         # A copy of its own: the trainer's may not have chosen its pairs yet.
@@ -180,6 +182,11 @@ def inspect_student(
         "samples": result["samples"],
         "classes": names,
         "top1_over_time": result.get("top1_over_time"),
+        "early_exit": {
+            "confidence": EXITS,
+            "steps": result.get("early_exit_steps", []),
+            "top1": result.get("early_exit_top1", []),
+        },
         "spikes_per_neuron": seen.mean,
         "spike_samples": seen.samples,
         "layers": [

@@ -132,6 +132,21 @@ def accuracy_over_time(
     return figure
 
 
+def early_exit(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> Figure:
+    """Plot accuracy against the mean number of time steps used, where samples stop once they are sure.
+
+    Args:
+        curves: ``(steps, accuracy in percent)`` of each threshold, one curve for each seed, by label; see
+            ``early_exit`` of :func:`~lasnn_sj.training.evaluate`.
+    """
+    figure, (axes,) = style.new_figure(1)
+    for index, (label, seeds) in enumerate(curves.items()):
+        style.draw_curve(axes, label, [tuple(zip(*points)) for points in seeds], index)
+    style.name_axes(axes, "mean time steps used", "accuracy, %")
+    style.add_legend(figure, [axes])
+    return figure
+
+
 def accuracy_over_energy(
     top1: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
     energy_pj: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -48,7 +48,7 @@ def evaluate(
     chunk: int | None = None,
     over_time: bool = False,
     confusion: bool = False,
-    early_exit: float | None = None,
+    early_exit: float | Sequence[float] | None = None,
     exit_by: Literal["confidence", "entropy"] = "confidence",
 ) -> dict[str, float | list[float] | Tensor]:
     """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
@@ -68,7 +68,8 @@ def evaluate(
         over_time: also say what the accuracy would be if the network were stopped after each step.
         confusion: also count the predictions of each class.
         early_exit: also say what a run would give that stops each sample once its prediction is sure: at the
-            first step where the largest probability is at least this threshold, or the last step.
+            first step where the largest probability is at least this threshold, or the last step. Of several
+            thresholds each is tried.
         exit_by: ``"confidence"`` as above, or ``"entropy"``: the prediction's entropy, in units of that of
             even odds, ``log K``, is at most the threshold.
 
@@ -77,7 +78,7 @@ def evaluate(
         also ``top1_over_time``, the ``T`` values of ``top1`` after step 1 to ``T``, from the same pass; with
         ``confusion`` also ``confusion``, ``[K, K]`` int64: samples of each class (row) by prediction; with
         ``early_exit`` also ``early_exit_top1`` and ``early_exit_steps``, the mean number of steps used, from
-        the same pass.
+        the same pass; lists where several thresholds were given.
 
     Raises:
         BatchError: an empty loader or a batch that cannot be used.
@@ -86,11 +87,12 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
-    if early_exit is not None and not 0 <= early_exit <= 1:
+    thresholds = [early_exit] if isinstance(early_exit, (int, float)) else list(early_exit or ())
+    if not all(0 <= threshold <= 1 for threshold in thresholds):
         raise ValueError(f"early_exit must lie in [0, 1], got {early_exit}")
     if exit_by not in ("confidence", "entropy"):
         raise ValueError(f'exit_by must be "confidence" or "entropy", got {exit_by!r}')
-    by_step, exits = over_time or early_exit is not None, 0
+    by_step, exits = over_time or bool(thresholds), 0
     hits = counts = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
     share, quiet = evaluation_share(loader), None if distributed.is_main() else True
@@ -108,8 +110,8 @@ def evaluate(
             labels = labels.to(device)
             if over_time:
                 hits = hits + (steps.argmax(2) == labels).sum(1)
-            if early_exit is not None:
-                exits = exits + _exits(steps, labels, early_exit, exit_by)
+            if thresholds:
+                exits = exits + _exits(steps, labels, thresholds, exit_by)
             loss, guesses = F.cross_entropy(scores, labels, reduction="sum"), scores.argmax(1)
             right = (guesses == labels).sum()
             if confusion:
@@ -122,26 +124,34 @@ def evaluate(
     result = {"loss": loss / samples, "top1": 100 * right / samples, "samples": int(samples)}
     if over_time:
         result["top1_over_time"] = (100 * _over_all(hits, device) / samples).tolist()
-    if early_exit is not None:
-        right, used = (_over_all(exits, device) / samples).tolist()
-        result |= {"early_exit_top1": 100 * right, "early_exit_steps": used}
+    if thresholds:
+        right, used = (_over_all(exits, device) / samples).view(2, -1)
+        found = {"early_exit_top1": (100 * right).tolist(), "early_exit_steps": used.tolist()}
+        if isinstance(early_exit, (int, float)):
+            found = {name: value for name, (value,) in found.items()}
+        result |= found
     if confusion:
         counts = _over_all(counts, device).long().cpu()
         result["confusion"] = counts.view(round(len(counts) ** 0.5), -1)
     return result
 
 
-def _exits(steps: Tensor, labels: Tensor, threshold: float, by: str) -> Tensor:
-    """Right answers and steps used by samples that stop once they are sure, ``[2]``."""
+def _exits(steps: Tensor, labels: Tensor, thresholds: Sequence[float], by: str) -> Tensor:
+    """Right answers for each threshold, and steps used, of samples that stop once they are sure."""
     log_p = steps.float().log_softmax(2)
     if by == "confidence":
-        sure = log_p.amax(2).exp() >= threshold
+        surety = log_p.amax(2).exp()
     else:
-        sure = -(log_p.exp() * log_p).sum(2) <= threshold * math.log(steps.shape[2])
-    sure[-1] = True
-    stop = sure.int().argmax(0)  # the first step that is sure
-    right = steps.argmax(2).gather(0, stop.unsqueeze(0)).squeeze(0) == labels
-    return torch.stack([right.sum(), (stop + 1).sum()]).double()
+        surety = (log_p.exp() * log_p).sum(2)
+        thresholds = [-threshold * math.log(steps.shape[2]) for threshold in thresholds]
+    hits, right, used = steps.argmax(2) == labels, [], []
+    for threshold in thresholds:
+        sure = surety >= threshold
+        sure[-1] = True
+        stop = sure.int().argmax(0)  # the first step that is sure
+        right.append(hits.gather(0, stop.unsqueeze(0)).sum())
+        used.append((stop + 1).sum())
+    return torch.stack(right + used).double()
 
 
 def _over_all(counts: Tensor | int, device: torch.device) -> Tensor:

@@ -241,6 +241,11 @@ def test_a_student_without_feature_maps_has_the_rest(tmp_path):
     assert found["levels"] == []
     assert "has no spiking layer with a feature map" in found["missing"]
     assert len(found["top1_over_time"]) == T
+    exits = found["early_exit"]
+    assert len(exits["confidence"]) == len(exits["steps"]) == len(exits["top1"])
+    assert (exits["steps"][0], exits["top1"][0]) == (1, found["top1_over_time"][0])
+    assert exits["steps"] == sorted(exits["steps"])
+    assert (exits["steps"][-1], exits["top1"][-1]) == (T, pytest.approx(found["top1"]))
     assert not any(name.startswith(("student", "teacher")) for name in arrays)
 
 
@@ -269,6 +274,7 @@ def test_scores_without_steps_and_a_teacher_without_maps(tmp_path):
     inspect_student(Whole(), scorer, batches(), DirectEncoder(T), tmp_path)
     found, _ = read(tmp_path)
     assert found["top1_over_time"] is None
+    assert found["early_exit"]["steps"] == []
     assert found["top1"] is not None
     assert "no attention maps of the teacher" in found["missing"]
     assert len(found["levels"]) == 3

@@ -89,6 +89,15 @@ def test_accuracy_over_time_and_energy():
     assert axes.get_xscale() == "log"
 
 
+def test_early_exit():
+    (axes,) = plots.early_exit({"a": [[(1.0, 10.0), (2.5, 50.0)]], "none": []}).axes
+    assert lines(axes) == {"a": [[1, 10], [2.5, 50]]}
+    assert axes.get_xlabel() == "mean time steps used"
+    two = [[(1.0, 10.0), (2.0, 50.0)], [(1.0, 20.0), (3.0, 60.0)]]
+    (axes,) = plots.early_exit({"a": two}).axes
+    assert lines(axes)["a"] == [[1, 15], [2.5, 55]]
+
+
 def test_bars_have_their_values_and_intervals():
     (axes,) = plots.gains({"KD": [1.0, 2.0, 3.0], "none": [], "one": -1.5}, over="hybrid").axes
     assert [bar.get_width() for bar in axes.patches] == [2, -1.5]

@@ -193,6 +193,12 @@ def test_operations_energy_spikes_and_thresholds_are_those_of_the_inspection(ins
     assert list(by_step) == ["1", "2", "3", "4"]
     assert by_step["4"]["LaSNN: accuracy, %"] == f"{found['top1_over_time'][-1]:.2f}"
     assert "ANN: 70.25" in page.label("Accuracy when stopped after t")
+    exits = found["early_exit"]
+    label = page.label("Accuracy when each sample stops once it is sure")
+    assert f"{exits['top1'][-1]:.4g} with all" in label
+    pairs = zip(exits["steps"], exits["top1"])
+    least = min(steps for steps, accuracy in pairs if accuracy >= exits["top1"][-1] - 0.5)
+    assert f"with {least:.3g} steps" in label
     spikes = page.table("Mean spikes per neuron by layer")
     for layer in found["layers"]:
         assert spikes[layer["name"]]["LaSNN"] == f"{layer['spikes_per_neuron']:.4f}"

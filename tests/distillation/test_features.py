@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from lasnn_sj import Callback, DirectEncoder, models
 from lasnn_sj.distillation import (
     BKD,
     KDSNN,
@@ -21,9 +20,7 @@ from lasnn_sj.distillation import (
     TapError,
     parse_objective,
 )
-from lasnn_sj.distillation.objective import own_parameters
 from lasnn_sj.neurons import LIFNode
-from lasnn_sj.training.options import TrainingOptions
 from lasnn_sj.training.trainer import Trainer
 
 RATES = torch.tensor(
@@ -219,62 +216,3 @@ def test_networks_that_a_method_cannot_use():
                                   "StableSpike()"])  # fmt: skip
 def test_texts_give_the_objectives_back(text):
     assert repr(parse_objective(text)) == text
-
-
-class Stop(BaseException):
-    pass
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.at = step
-
-    def on_step(self, trainer, parts):
-        if trainer.step == self.at:
-            raise Stop
-
-
-def run(folder, stop=None, objective="CrossEntropy() + KDSNN() + BKD(alpha=0.01)"):
-    """Train two epochs of six steps, or up to a step."""
-    torch.manual_seed(0)
-    student = models.conv3_linear2(4, in_channels=1, image_size=8, width=0.05)
-    net = models.teacher_resnet20(4, in_channels=1, width=0.125)
-    trainer = Trainer(
-        student, parse_objective(objective), teacher=net, encoder=DirectEncoder(2), run_dir=folder, seed=0,
-        callbacks=[] if stop is None else [StopAt(stop)], options=TrainingOptions(checkpoint_every=2),
-    )  # fmt: skip
-    images = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    data = torch.utils.data.TensorDataset(images, torch.arange(24) % 4)
-    generator = torch.Generator().manual_seed(2)
-    loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=generator)
-    try:
-        trainer.fit(loader, epochs=2)
-    except Stop:
-        assert stop is not None
-    own = [p.detach().clone() for p in own_parameters(trainer.objective)]
-    return trainer, [*(p.detach().clone() for p in student.parameters()), *own]
-
-
-def test_weights_of_a_method_are_trained_saved_and_taken_up_again(tmp_path):
-    alone, expected = run(tmp_path / "alone")
-    assert len(own_parameters(alone.objective)) == 7
-    optimized = {id(p) for group in alone.optimizer.param_groups for p in group["params"]}
-    assert all(id(p) in optimized for p in own_parameters(alone.objective))
-    _, first = run(tmp_path / "first", stop=1)
-    moved = [not torch.equal(a, b) for a, b in zip(first[-7:], expected[-7:])]
-    assert all(moved)
-    run(tmp_path / "killed", stop=3)
-    run(tmp_path / "killed", stop=9)
-    _, found = run(tmp_path / "killed")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    again, _ = run(tmp_path / "killed")  # has its epochs already
-    assert again.epoch == 2
-    assert not any(name.startswith(("adaptor", "first")) for name, _ in alone.student.named_parameters())
-
-
-@pytest.mark.parametrize(
-    "objective", ["RelationalKD() + DIST()", "SAMD(pair=('features.0', 'layer3'))", "StableSpike() + DIST()"]
-)
-def test_the_others_train_too(objective):
-    trainer, _ = run(None, objective=f"CrossEntropy() + {objective}")
-    assert all(math.isfinite(v) for row in trainer.history for v in row.values())

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, models
-from lasnn_sj.distillation import CrossEntropy
+from lasnn_sj.distillation import CrossEntropy, parse_objective
+from lasnn_sj.distillation.objective import own_parameters
 from lasnn_sj.runtime import distributed
 from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.dataloader import TrainingBatches
@@ -119,6 +120,31 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, att
     for name, tensor in alone.student.state_dict().items():
         assert torch.equal(weights[name], other[name]), name
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_an_objective_with_weights_trains_on_two_processes_as_on_one(tmp_path):
+    """Its gradients are means over the whole batch; every process has the main one's weights."""
+
+    def train(folder, batch):
+        torch.manual_seed(torch.distributed.is_initialized() and torch.distributed.get_rank())
+        objective = parse_objective("CrossEntropy() + KDSNN() + EnOF()")  # weights are drawn by each
+        torch.manual_seed(0)
+        student = models.conv3_linear2(K, in_channels=1, image_size=8, width=0.1, dropout=0.0)
+        trainer = Trainer(
+            student, objective, teacher=models.teacher_resnet20(K, in_channels=1, width=0.125),
+            encoder=DirectEncoder(4), run_dir=folder, seed=0,
+            optimizer=torch.optim.SGD(student.parameters(), lr=0.05),
+        )  # fmt: skip
+        trainer.fit(loader(batch=batch), epochs=2)
+        return [p.detach().clone() for p in (*own_parameters(objective), *student.parameters())]
+
+    alone = train(tmp_path / "alone", 16)
+    first, second = together(lambda rank: train(tmp_path / "both", 8))
+    assert len(alone) == 2 + 5  # of KDSNN and EnOF, and the student's
+    assert curve(tmp_path / "both") == pytest.approx(curve(tmp_path / "alone"), rel=1e-4)
+    for expected, one, two in zip(alone, first, second, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_only_rank_0_writes(tmp_path):

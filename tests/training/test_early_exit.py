@@ -63,6 +63,17 @@ def test_the_ends_of_the_scale():
     assert last["early_exit_top1"] == last["top1"]
 
 
+def test_several_thresholds_of_one_pass_are_those_of_several():
+    for by in ("confidence", "entropy"):
+        found = evaluate(Sum(), LOADER, early_exit=[0.0, 0.5, 0.9, 1.0], exit_by=by)
+        each = [evaluate(Sum(), LOADER, early_exit=one, exit_by=by) for one in (0.0, 0.5, 0.9, 1.0)]
+        for name in ("early_exit_top1", "early_exit_steps"):
+            assert found[name] == [result[name] for result in each]
+    assert len(set(found["early_exit_steps"])) > 1
+    with pytest.raises(ValueError, match=r"early_exit must lie in \[0, 1\], got \[0.5, 2\]"):
+        evaluate(Sum(), LOADER, early_exit=[0.5, 2])
+
+
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match=r"early_exit must lie in \[0, 1\], got 90"):
         evaluate(Sum(), LOADER, early_exit=90)

@@ -19,6 +19,7 @@ from .series import (
     energies,
     energy_share,
     energy_text,
+    exits,
     file_name,
     gains,
     last_validation,
@@ -178,6 +179,7 @@ def over_steps(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
             "Accuracy when stopped after t time steps",
             f"Accuracy when stopped after t time steps. {'; '.join(said)}.",
         ))  # fmt: skip
+    pictures += _early_exit({s.label: s.curves(exits) if s.label in shown else [] for s in reversed(series)})
     both = {label: seeds if energy[label] else [] for label, seeds in accuracy.items()}
     if any(len(curve) > 1 for seeds in both.values() for curve in seeds):
         of_ann = {e for line in series for e in line.values(lambda p: operation(p, "ann_energy_pj"))}
@@ -203,6 +205,22 @@ def over_steps(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
                 row.append(energy_text([curve[t] for curve in energy[label] if t < len(curve)]))
         table.rows.append(row)
     return pictures, table if table.rows else None
+
+
+def _early_exit(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> list[Picture]:
+    """Accuracy against mean steps used, of samples that stop once they are sure."""
+    if not any(len(points) > 1 for seeds in curves.values() for points in seeds):
+        return []
+    said = []
+    for label, seeds in curves.items():
+        for points in seeds[:1]:
+            full = points[-1][1]
+            steps, top1 = next(point for point in points if point[1] >= full - 0.5)
+            said.append(f"{label}: {top1:.4g} with {steps:.3g} steps, {full:.4g} with all")
+    return [charts.picture(
+        plots.early_exit(curves), "early_exit", "Early exit: accuracy against mean time steps used",
+        f"Accuracy when each sample stops once it is sure. {'; '.join(said)}.",
+    )]  # fmt: skip
 
 
 def _ends(seeds: Sequence[Sequence[float]]) -> str:

@@ -135,6 +135,13 @@ def over_time(part: Part) -> list[float]:
     return numbers(part.inspection.get("top1_over_time")) or numbers(part.result.get("top1_over_time"))
 
 
+def exits(part: Part) -> list[tuple[float, float]]:
+    """Mean number of steps used and accuracy, of samples that stop once they are sure; more steps last."""
+    found = record(part.inspection.get("early_exit"))
+    steps, accuracy = numbers(found.get("steps")), numbers(found.get("top1"))
+    return sorted(zip(steps, accuracy)) if len(steps) == len(accuracy) else []
+
+
 def operation(part: Part, name: str) -> float | None:
     """A number of the operations."""
     return number(record(part.inspection.get("operations")).get(name))
