@@ -49,12 +49,16 @@ class Framing:
         denoise_us: drop an event without another one at a neighbouring pixel in the microseconds before it
             (Tonic's ``Denoise``); ``None`` keeps all.
         shrink: sum squares of so many pixels into one.
+        remainder: events (or microseconds) left over by the division into ``T``: ``"spread"`` over the
+            frames, or all in the ``"last"`` one, as in
+            SpikingJelly's ``integrate_events_by_fixed_frames_number``.
     """
 
     T: int = 16
     by: Literal["count", "time"] = "count"
     denoise_us: float | None = None
     shrink: int = 1
+    remainder: Literal["spread", "last"] = "spread"
 
     def __post_init__(self) -> None:
         for name in ("T", "shrink"):
@@ -63,6 +67,8 @@ class Framing:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if self.by not in ("count", "time"):
             raise ValueError(f'by must be "count" or "time", got {self.by!r}')
+        if self.remainder not in ("spread", "last"):
+            raise ValueError(f'remainder must be "spread" or "last", got {self.remainder!r}')
         if self.denoise_us is not None and not self.denoise_us > 0:
             raise ValueError(f"denoise_us must be above 0 microseconds, or None, got {self.denoise_us!r}")
 
@@ -86,17 +92,24 @@ def to_frames(events: np.ndarray, sensor_size: tuple[int, int], framing: Framing
     """
     T, n = framing.T, len(events)
     width, height = (-(-side // framing.shrink) for side in sensor_size)
+    last = framing.remainder == "last"
     if framing.by == "count":
-        step = np.arange(n) * T // max(n, 1)
+        step = _in_last(np.arange(n), n, T) if last else np.arange(n) * T // max(n, 1)
     else:
         t = events["t"].astype(np.int64)
         span = int(t.max()) - int(t[0]) + 1 if n else 1
         if span * T >= 2**63:
             raise ValueError(f"times from {t[0]} to {t.max()} microseconds are too far apart for {T} frames")
-        step = (t - t[:1]) * T // span
+        step = _in_last(t - t[:1], span - 1, T) if last else (t - t[:1]) * T // span
     x, y, p = (events[name].astype(np.int64) for name in ("x", "y", "p"))
     pixel = ((step * 2 + p) * height + y // framing.shrink) * width + x // framing.shrink
     return np.bincount(pixel, minlength=T * 2 * height * width).reshape(T, 2, height, width)
+
+
+def _in_last(place: np.ndarray, length: int, T: int) -> np.ndarray:
+    """Frame of each place when ``T`` frames have ``length // T`` places, and the last one the rest too."""
+    each = length // T
+    return np.minimum(place // each, T - 1) if each else np.full_like(place, T - 1)
 
 
 @dataclass(frozen=True)

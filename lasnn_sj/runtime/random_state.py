@@ -7,6 +7,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -99,6 +100,28 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool = True) -> Iterator[None]:
+    """Make PyTorch use deterministic algorithms only, until the block ends; nothing where not ``enabled``.
+
+    An operation that has none raises an error that names it. On CUDA, cuBLAS wants the environment variable
+    ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, set before the process starts; the error says so.
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _parts(part: object) -> Iterator[tuple[object, object]]:

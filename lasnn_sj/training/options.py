@@ -31,6 +31,9 @@ class TrainingOptions:
         on_nonfinite: at a loss or gradient that is NaN or infinite ``"stop"`` the run, or ``"skip"`` the
             batch and count it.
         checkpoint_every: steps, or time, between checkpoints; each epoch ends with one anyway.
+        deterministic: let PyTorch use deterministic algorithms only while ``fit`` runs, so that two runs on
+            one GPU are equal to the bit; an operation that has none raises an error. A CPU needs no such
+            option.
 
     Raises:
         ValueError: a value out of range.
@@ -43,6 +46,7 @@ class TrainingOptions:
     clip_norm: float | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint_every: int | timedelta = timedelta(minutes=10)
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(DTYPES))

@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..distillation.objective import CrossEntropy, Objective, Sum, members, own_parameters, trained_modules
 from ..models.readout import BatchError, resolve_readout
 from ..runtime import distributed
+from ..runtime.random_state import deterministic_algorithms
 from . import checks, fingerprint, nonfinite
 from .callbacks import Callback, TensorBoard
 from .dataloader import Batch, TrainingBatches
@@ -187,6 +188,7 @@ class Trainer:
         checks.loaders(train_loader, val_loader, self.scheduler)
         self.epochs = epochs
         with ExitStack() as ending:
+            ending.enter_context(deterministic_algorithms(self.options.deterministic))
             if self.run_dir is not None:
                 self._folder = ending.enter_context(RunFolder(self.run_dir, self.options.checkpoint_every))
                 ending.enter_context(outlasting(train_loader, val_loader))

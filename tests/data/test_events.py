@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from recordings import recording, write_gestures
+from spikingjelly.datasets.utils import integrate_events_by_fixed_frames_number
 
 tonic = pytest.importorskip("tonic")
 
@@ -65,6 +66,20 @@ def test_frames_of_equal_time_by_hand():
     frames = to_frames(structured(rows), (4, 1), Framing(T=2, by="time"))
     assert frames[:, 0, 0].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
     assert frames[1, 1, 0, 3] == 1
+
+
+@pytest.mark.parametrize(
+    ("by", "n", "T"),
+    [("count", 1003, 16), ("count", 96, 8), ("count", 3, 4), ("time", 1003, 16), ("time", 1000, 7)],
+)
+def test_the_remainder_in_the_last_frame_is_spikingjellys_framing(by, n, T):
+    random = np.random.default_rng(n)
+    x, y, p = (random.integers(0, most, n) for most in (5, 4, 2))
+    rows = structured(zip(x, y, p, np.sort(random.integers(50, 50_000, n))))
+    split = {"count": "number", "time": "time"}[by]
+    theirs = integrate_events_by_fixed_frames_number(rows, split, T, 4, 5)
+    assert (to_frames(rows, (5, 4), Framing(T, by, remainder="last")) == theirs).all()
+    assert theirs.sum() == n
 
 
 def test_frames_are_summed_over_squares_of_pixels():

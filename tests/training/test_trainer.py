@@ -9,7 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.distillation import (
     CrossEntropy,
     activation_map,
@@ -264,6 +264,27 @@ def test_training_does_not_depend_on_validation():
         history = trainer.fit(batches, batches if every else None, epochs=3, validate_every=every or 1)
         losses.append([row["loss"] for row in history])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_deterministic_algorithms_while_training_only():
+    class Look(Callback):
+        def on_step(self, trainer, parts):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+    class Putting(CrossEntropy):
+        def __call__(self, signals):
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # which has no deterministic algorithm
+            return super().__call__(signals)
+
+    seen = []
+    options = TrainingOptions(deterministic=True)
+    trainer_for(small_student(), small_teacher(), options=options, callbacks=[Look()]).fit(loader(), epochs=1)
+    assert seen == [True] * 4
+    with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+        LaSNNTrainer(
+            small_student(), objective=Putting(), encoder=DirectEncoder(2), options=options
+        ).fit(loader(), epochs=1)  # fmt: skip
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_readouts():
