@@ -8,6 +8,7 @@ version = release = lasnn_sj.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"lasnn_sj {version}"
+html_show_copyright = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 autodoc_inherit_docstrings = False  # those of SpikingJelly are written for its own pages

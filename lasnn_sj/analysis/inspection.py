@@ -26,6 +26,7 @@ from ..distillation import (
     TeacherForward,
     choose_layers,
 )
+from ..distillation.objective import members
 from ..distillation.pairs import LEVELS
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed, files, random_state
@@ -72,7 +73,7 @@ def inspect(
         raise ValueError("inspect writes into the run folder; give the trainer a run_dir")
     path = inspect_student(
         trainer.student, trainer.teacher, loader, trainer.encoder, trainer.run_dir,
-        attention=next((one for one in trainer.members if isinstance(one, Attention)), None),
+        attention=next((one for one in members(trainer.objective) if isinstance(one, Attention)), None),
         readout=trainer.readout, examples=examples, samples=samples, classes=classes, device=trainer.device,
         seed=trainer.seed,
     )  # fmt: skip

@@ -391,9 +391,9 @@ def attention_maps(
         samples: name of each row.
         levels: name of each level.
     """
+    names = layer_labels(levels) if levels else [f"level {n + 1}" for n in range(len(teacher))]
     columns: list[tuple[str, np.ndarray]] = [("input", inputs)]
-    for level, maps in enumerate(zip(teacher, student)):
-        name = levels[level] if levels else f"level {level + 1}"
+    for name, *maps in zip(names, teacher, student, strict=True):
         tiles = style.shared_scale(*maps)
         columns += [(f"{who}\n{name}", t) for who, t in zip(("teacher", "student"), tiles) if t is not None]
     side, gap = 64, 6
@@ -405,14 +405,16 @@ def attention_maps(
             resized = tile[np.arange(side) * h // side][:, np.arange(side) * w // side]
             place = pixels[row * step : row * step + side, column * step : column * step + side]
             place[..., :3], place[..., 3] = resized, 255
-    figure, (axes,) = style.new_figure(1, 0.8 * N + 1.1, width=0.8 * len(columns) + 2.4)
+    longest = max(len(line) for name, _ in columns for line in name.split("\n"))
+    scale = max(1.0, longest / 11)  # room for the names above the columns
+    figure, (axes,) = style.new_figure(1, 0.8 * N * scale + 1.1, width=0.8 * len(columns) * scale + 2.4)
     axes.imshow(pixels)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0, labelsize=8.5, labeltop=True, labelbottom=False)
     middles = [side / 2 + step * n for n in range(max(N, len(columns)))]
-    axes.set_xticks(middles[: len(columns)], [plain(name) for name, _ in columns])
+    axes.set_xticks(middles[: len(columns)], [name for name, _ in columns])
     axes.set_yticks(middles[:N], [plain(name) for name in samples or map(str, range(N))])
     if len(columns) > 1:
         from matplotlib.cm import ScalarMappable

@@ -45,12 +45,12 @@ def new_figure(
     panels: int = 1, height: float | None = None, width: float | None = None, ratios: Sequence[float] = ()
 ) -> tuple[Figure, list[Axes]]:
     """Make a figure with three panels in a row, or panels in one column with ``ratios`` of their heights."""
-    from matplotlib.figure import Figure
+    from .figure import NotebookFigure
 
     columns = 1 if ratios else min(panels, 3)
     rows = math.ceil(panels / columns)
     size = (width or PANEL[0] * columns, height or PANEL[1] * rows)
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure = NotebookFigure(figsize=size, layout="constrained", facecolor="white")
     grid = figure.add_gridspec(rows, columns, height_ratios=ratios or None)
     found = [figure.add_subplot(grid[n // columns, n % columns]) for n in range(panels)]
     for axes in found:

@@ -7,9 +7,9 @@ import copy
 import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..neurons import IFNode, IntegratorNode
+from ..runtime.progress import progress_bar
 from .convert import ConversionError, check_convertible
 
 SAMPLE = 1 << 17  # number of activations that determine a threshold
@@ -114,7 +114,8 @@ def calibrate(
         neuron.bias = images.new_zeros(wanted[name].shape[1])
     if correct:
         with torch.no_grad():
-            for name, neuron in tqdm(neurons.items(), desc="calibrating", unit="layer", disable=not progress):
+            bar = progress_bar(neurons.items(), quiet=not progress, desc="calibrating", unit="layer")
+            for name, neuron in bar:
                 neuron.bias += _channel_mean(wanted[name]) - _spiking_mean(snn, neuron, encoder, images)
     functional.reset_net(snn)
     return snn

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import base, functional, layer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..models.layers import Conv2d
 from ..models.readout import class_scores, resolve_readout
 from ..models.resnet import Block
 from ..neurons import IntegratorNode, LIFNode, TimeLoopNode
+from ..runtime.progress import progress_bar
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d)
@@ -220,7 +220,7 @@ def balance_thresholds(
             nodes = _nodes_in_order(snn, encoder.steps(images[:1], 1))
             for node in nodes.values():
                 node.leak = 1.0
-            bar = tqdm(nodes.items(), desc="balancing thresholds", unit="layer", disable=not progress)
+            bar = progress_bar(nodes.items(), quiet=not progress, desc="balancing thresholds", unit="layer")
             for name, node in bar:
                 peak = 1.0 if node in inside else _largest_input(snn, node, images, encoder, chunk, reduce)
                 if not (math.isfinite(peak) and peak > 0):

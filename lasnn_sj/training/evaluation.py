@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data.late_checks import require
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed
+from ..runtime.progress import progress_bar
 from .dataloader import evaluation_share
 from .silence import silent, warn_of_silence, watched
 
@@ -95,9 +95,11 @@ def evaluate(
     by_step, exits = over_time or bool(thresholds), 0
     hits = counts = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, right answers, samples
-    share, quiet = evaluation_share(loader), None if distributed.is_main() else True
+    bar = progress_bar(
+        evaluation_share(loader), quiet=not distributed.is_main(), desc="evaluating", leave=False, delay=2
+    )
     with evaluating(model):
-        for index, batch in enumerate(tqdm(share, desc="evaluating", leave=False, disable=quiet)):
+        for index, batch in enumerate(bar):
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)

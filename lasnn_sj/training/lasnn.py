@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..distillation.attention import Attention
-from ..distillation.objective import CrossEntropy, Objective, Sum
+from ..distillation.objective import CrossEntropy, Objective, Sum, members
 from .callbacks import Callback
 from .options import TrainingOptions
 from .trainer import Trainer
@@ -26,22 +26,18 @@ LARGEST_ALPHA = 10.0  # above it an alpha is taken for a mistake
 class LaSNNTrainer(Trainer):
     """Train a student by layer-wise distillation of a teacher's attention (LaSNN, Section III-B).
 
-    The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13) on the student's class scores; another ``objective``
-    takes the place of ``CE``. ``attention`` and ``alpha`` are a shorthand:
-    ``LaSNNTrainer(student, teacher, attention="gradient", alpha=0.5)`` is
-    ``Trainer(student, CrossEntropy() + Attention("gradient", alpha=0.5), teacher=teacher)``. Without a
-    teacher the loss is the cross-entropy alone: hybrid training of a converted SNN.
+    The loss is ``CE + alpha / 2 * L_at`` (Eq. 8, 13), a shorthand for
+    ``Trainer(student, CrossEntropy() + Attention(attention, alpha=alpha), teacher=teacher)``. Without a
+    teacher it is the cross-entropy alone: hybrid training of a converted SNN.
 
     Args:
         student: see :class:`Trainer`.
-        teacher: any module, ``[N, ...]`` images to logits ``[N, K]``. See
-            ``models.InputNormalization`` where it wants other input statistics than the student.
+        teacher: any module, images ``[N, ...]`` to logits ``[N, K]``; ``models.InputNormalization`` gives it
+            input statistics other than the student's.
         attention: ``"activation"`` (Eq. 5-8), ``"gradient"`` (Eq. 10-13) or ``None``; ``"auto"`` is
             ``"activation"`` where a teacher is given and no objective is, else ``None``.
-        alpha: weight of the attention loss in the first epoch; it decays linearly to 0 in the last. See
-            :class:`~lasnn_sj.distillation.Attention` for other readings.
-        pairs: ``(student module, teacher module)`` names for each level; chosen by resolution and depth
-            and logged if not given.
+        alpha: weight of the attention loss in the first epoch; decays linearly to 0 in the last.
+        pairs: ``(student module, teacher module)`` names of each level; chosen and logged if not given.
         objective: loss beside the attention, cross-entropy if not given.
         **settings: further arguments of :class:`Trainer`: ``encoder``, ``optimizer``, ``scheduler``,
             ``readout``, ``run_dir``, ``device``, ``seed``, ``options``, ``callbacks``.
@@ -81,7 +77,7 @@ class LaSNNTrainer(Trainer):
     @property
     def pairs(self) -> list[tuple[str, str]] | None:
         """``(student module, teacher module)`` of each level, once they are chosen."""
-        for one in self.members:
+        for one in members(self.objective):
             if isinstance(one, Attention) and one.chosen is not None:
                 return [(pair.student, pair.teacher) for pair in one.chosen]
         return None

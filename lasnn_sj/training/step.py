@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.late_checks import LateChecks, require
-from ..distillation.objective import Needs, Signals, own_parameters, parts_of
+from ..distillation.objective import Needs, Signals, members, own_parameters, parts_of
 from ..distillation.taps import ChunkTaps, StudentTaps
 from ..distillation.teacher import TeacherForward
 from ..models.readout import class_scores, resolve_readout
@@ -296,7 +296,7 @@ class TrainingStep:
             raise ValueError(f"{trainer.objective!r} needs a teacher; give the trainer one")
         if self._needs.student:
             kind = ChunkTaps if chunks > 1 else StudentTaps
-            through = any(getattr(one, "through_trace", False) for one in trainer.members)
+            through = any(getattr(one, "through_trace", False) for one in members(trainer.objective))
             self._taps = kind(student, self._needs.student, through)
         self._teacher = TeacherForward(teacher, self._needs)
         forward = StudentForward(student, self._taps, chunks)

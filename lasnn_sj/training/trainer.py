@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..distillation.objective import CrossEntropy, Objective, Sum, members, own_parameters, trained_modules
+from ..distillation.objective import CrossEntropy, Objective, Sum, own_parameters, trained_modules
 from ..models.readout import BatchError, resolve_readout
 from ..runtime import distributed
+from ..runtime.progress import progress_bar
 from ..runtime.random_state import deterministic_algorithms
 from . import checks, fingerprint, nonfinite
 from .callbacks import Callback, TensorBoard
@@ -130,23 +131,18 @@ class Trainer:
         self._unread: list[tuple[Batch, Tensor, Tensor, StepResult]] = []  # steps that are checked late
 
     @property
-    def members(self) -> tuple[object, ...]:
-        """The objectives that are added up."""
-        return members(self.objective)
-
-    @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """Epochs finished so far."""
         return len(self.history)
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """A row for each epoch done, as :meth:`fit` returns them."""
+        """One row per finished epoch, as returned by :meth:`fit`."""
         return self.progress.history
 
     @property
     def step(self) -> int:
-        """Optimiser steps done in :meth:`fit`, those before a restart included."""
+        """Optimizer steps of :meth:`fit` so far, those before a restart included."""
         return self.progress.step
 
     def fit(
@@ -158,28 +154,23 @@ class Trainer:
     ) -> list[dict]:
         """Train up to ``epochs`` epochs in all, from the run folder's last checkpoint if there is one.
 
-        A run that was killed within an epoch goes on within it, on the CPU with the same result to the bit:
-        the loader's order, its workers' random numbers and all others are taken up again. (A loader that is
-        no plain ``DataLoader`` is run again up to there, and must draw from the same random generators.)
+        On the CPU a resumed run gives the same result to the bit. A loader that is not a plain ``DataLoader``
+        is iterated again up to the batch of the checkpoint; it must draw from the same random generators.
 
         Args:
-            train_loader: batches ``(images, labels)``; images ``[N, C, H, W]`` as the encoder takes them,
-                labels ``[N]``, whole numbers in [0, K).
+            train_loader: batches ``(images, labels)``; labels ``[N]``, integers in [0, K).
             val_loader: the same, evaluated after an epoch.
-            epochs: epochs this run has at its end, those of an earlier call or process included.
+            epochs: total number of epochs, those of earlier calls and processes included.
             validate_every: evaluate after every so many epochs, and after the last.
 
         Returns:
-            One row for each epoch: losses, accuracy in percent (``top1``), learning rate, seconds, and
-            batches left out (``skipped``) if there were any.
+            One row per epoch: losses, ``top1`` in percent, ``lr``, ``seconds``, ``skipped`` batches if any.
 
         Raises:
-            BatchError: an empty loader; a batch with NaN or infinity, labels out of range, or a student
-                output of the wrong shape. The student keeps its weights of the step before.
-            NonFiniteError: a loss or gradient that is not finite, likewise (a ``BatchError``).
-            CheckpointError: checkpoints that are all damaged, or one that cannot be written.
-            ValueError: the run folder belongs to a run with other settings, networks or data; the message
-                shows what differs.
+            BatchError: an empty loader, a batch or output that cannot be used, or (``NonFiniteError``) a loss
+                or gradient that is not finite. The student keeps its weights of the step before.
+            CheckpointError: all checkpoints are damaged, or one cannot be written.
+            ValueError: the run folder belongs to a run with other settings, networks or data.
             LockError: another process writes to the run folder.
             SystemExit, KeyboardInterrupt: after SIGTERM, SIGHUP or SIGINT, once a checkpoint is written.
         """
@@ -205,9 +196,9 @@ class Trainer:
             self.progress.seed(self.seed)
             callbacks = self._callbacks()
             steps = len(batches) or None
-            bar = tqdm(
-                total=steps and steps * epochs, initial=self.step, unit="step", dynamic_ncols=True,
-                disable=None if distributed.is_main() else True,
+            bar = progress_bar(
+                total=steps and steps * epochs, initial=self.step, unit="step",
+                quiet=not distributed.is_main(),
             )  # fmt: skip
             stop = StopRequest()
             before = self.progress.random_state()  # what callbacks draw now a resumed run would draw again
@@ -231,14 +222,10 @@ class Trainer:
         return self.history
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Run one step of training on a batch that lies on the device already.
+        """Run one training step on a batch that lies on the device; the results are detached.
 
-        On CUDA with a fused optimizer the step does not wait for the device, and an error is raised up to 16
-        steps later, or by :meth:`finish_steps`. The weights are those before the bad step then too, because
-        the device skips the steps after it.
-
-        Returns:
-            Parts of the loss, class scores ``[N, K]`` and logged numbers, all detached.
+        On CUDA with a fused optimizer the step does not wait for the device. An error is then raised up to
+        16 steps later, or by :meth:`finish_steps`; the steps after the bad one are not applied.
 
         Raises:
             NonFiniteError: the loss or its gradient is not finite; the student keeps its weights.
@@ -254,25 +241,18 @@ class Trainer:
         return result
 
     def finish_steps(self) -> None:
-        """Wait for the steps of :meth:`train_step` that are not checked yet and raise the first error."""
+        """Check the steps of :meth:`train_step` that are not checked yet and raise the first error."""
         results, self._direct = self._direct, []
         for error in self._step.errors(results):
             if error is not None:
                 raise error
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
-        """Before the first step: look at what the student gives, choose the pairs and set the taps.
-
-        Draws no random number that training would have drawn. Called by :meth:`fit` and
-        :meth:`train_step` themselves.
-        """
+        """Choose pairs and set taps; :meth:`fit` and :meth:`train_step` do so before their first step."""
         self._step.prepare(images, labels)
 
     def evaluate(self, loader: Iterable) -> dict[str, float]:
-        """Loss and accuracy of the student; see :func:`evaluate`.
-
-        Random numbers that it draws are given back, so that training does not depend on it.
-        """
+        """Evaluate the student, see :func:`evaluate`; restores the random-number generators afterwards."""
         before = self.progress.random_state()
         try:
             return evaluate(self.student, loader, self.encoder, readout=self.readout, device=self.device)
@@ -340,7 +320,8 @@ class Trainer:
             if time.perf_counter() - shown > 0.5 and not bar.disable and epoch.metrics is not None:
                 shown = time.perf_counter()
                 means = epoch.metrics.compute(together=False)
-                bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+                said = {n: f"{value:.4f}" for n, value in means.items() if n not in result.logged}
+                bar.set_postfix(said)
         count()
         if epoch.metrics is None:
             gave = f"only batches that were left out, {epoch.skipped}" if epoch.skipped else "no batch"

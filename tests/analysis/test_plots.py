@@ -1,9 +1,12 @@
 """Figures show the numbers that they are given, and stay readable."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lasnn_sj.analysis import Traces, plots
 from lasnn_sj.analysis.style import interval, layer_labels
@@ -187,6 +190,23 @@ def test_attention_maps():
     np.testing.assert_allclose(pixels[10, 150, :3].astype(int), half, atol=1)  # 1 of 2
     assert pixels[10, 220, :3].tolist() == yellow  # alone in its level
     assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0", "highest"]
+
+
+def test_names_of_layers_above_attention_maps_do_not_overlap():
+    maps = [np.ones((2, 4, 4))] * 2
+    layers = ["features.0.neuron", "classifier.blocks.12.neuron"]
+    figure = plots.attention_maps(np.zeros((2, 8, 8, 3), np.uint8), maps, maps, levels=layers)
+    figure.canvas.draw()
+    boxes = [tick.get_window_extent() for tick in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 5
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+
+
+def test_a_notebook_shows_a_figure_as_a_picture():
+    picture = plots.training_curves(HISTORY)._repr_png_()
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("L").getcolors()) > 10
 
 
 @pytest.mark.parametrize("label", ["_hidden", "a$x$", "long " * 30])

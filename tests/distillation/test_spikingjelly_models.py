@@ -17,6 +17,7 @@ from lasnn_sj import DirectEncoder, LaSNNTrainer, models
 from lasnn_sj.analysis.inspection import inspect_student
 from lasnn_sj.conversion import prune_magnitude
 from lasnn_sj.distillation import Attention, CrossEntropy, DefaultKD, LabelKD, SparseKD, StudentTaps
+from lasnn_sj.distillation.objective import members
 from lasnn_sj.neurons import accelerate
 
 T, K = 2, 4
@@ -140,7 +141,7 @@ def test_a_step_of_attention_trains_the_network(name, kind, vit):
             optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
         )  # fmt: skip
         (row,) = trainer.fit(loader(), epochs=1)
-        (attention,) = [one for one in trainer.members if isinstance(one, Attention)]
+        (attention,) = [one for one in members(trainer.objective) if isinstance(one, Attention)]
         assert [pair.level for pair in attention.chosen] == ["low", "middle", "high"]
         assert all(min(pair.size) >= 4 for pair in attention.chosen)
         assert 0 < row["attention"] < 3  # 0.9 / 2 of three distances, each below 2

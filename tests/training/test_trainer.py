@@ -2,6 +2,8 @@
 
 import csv
 import logging
+import pydoc
+import sys
 
 import pytest
 import torch
@@ -513,3 +515,9 @@ def test_gradient_attention_needs_the_teachers_classes_to_be_the_students():
     teacher = models.teacher_resnet20(K + 1, in_channels=1, width=0.25).eval()
     with pytest.raises(ValueError, match="needs a teacher with the student's 4 classes"):
         trainer_for(small_student(), teacher, attention="gradient").fit(loader(8), epochs=1)
+
+
+def test_help_on_the_trainer_fits_two_screens():
+    lines = pydoc.plain(pydoc.render_doc(LaSNNTrainer)).splitlines()
+    most = 110 if sys.version_info < (3, 13) else 150  # 3.13 gives each argument a line of its own
+    assert len(lines) <= most
