@@ -24,12 +24,12 @@ from .images import Loaders
 
 log = logging.getLogger(__name__)
 
-NAMES = ("dvs-gesture", "n-mnist", "cifar10-dvs")
-# What a mirror makes of a label: the other hand, and the other sense of rotation. Digits have no mirror.
-FLIPS: dict[str, dict[int, int] | None] = {
-    "dvs-gesture": {1: 2, 2: 1, 3: 6, 6: 3, 4: 5, 5: 4},
-    "n-mnist": None,
-    "cifar10-dvs": {},
+# Tonic's class by name, and the labels that a mirror image changes: the other hand, the other sense of
+# rotation. Mirror images of digits (None) are no digits.
+SETS: dict[str, tuple[str, dict[int, int] | None]] = {
+    "dvs-gesture": ("DVSGesture", {1: 2, 2: 1, 3: 6, 6: 3, 4: 5, 5: 4}),
+    "n-mnist": ("NMNIST", None),
+    "cifar10-dvs": ("CIFAR10DVS", {}),
 }
 LATEST = 2**53  # microseconds; 285 years
 _FORMAT = 1  # of cached files; to be raised when the same settings give other frames
@@ -361,7 +361,7 @@ class EventData(Loaders):
 
 
 def load(
-    name: Literal["dvs-gesture", "n-mnist", "cifar10-dvs"],
+    name: str,
     root: str | Path = "data",
     framing: Framing | None = None,
     augment: bool = True,
@@ -384,12 +384,12 @@ def load(
         ValueError: an unknown name.
         FileNotFoundError: the data set is not there and cannot be downloaded.
     """
-    if name not in NAMES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in SETS:
+        raise ValueError(f"name must be one of {', '.join(SETS)}, got {name!r}")
     root, framing = Path(root).expanduser(), framing or Framing()
     sets, kind = _tonic_sets(name, root)
     size = -(-kind.sensor_size[0] // framing.shrink)
-    change = Augment(FLIPS[name], shift=size // 16, cutout=size // 8) if augment else None
+    change = Augment(SETS[name][1], shift=size // 16, cutout=size // 8) if augment else None
     folder = root / "frames" if cache is None else Path(cache)
     train, test = (
         EventFrames(recordings, indices, name, framing, folder, change if role == 0 else None)
@@ -404,11 +404,7 @@ def _tonic_sets(name: str, root: Path) -> tuple[list[tuple[Dataset, list[int]]],
         import tonic
     except ImportError as error:
         raise ImportError("event recordings are read by Tonic: pip install 'lasnn-sj[events]'") from error
-    kind = {
-        "dvs-gesture": tonic.datasets.DVSGesture,
-        "n-mnist": tonic.datasets.NMNIST,
-        "cifar10-dvs": tonic.datasets.CIFAR10DVS,
-    }[name]
+    kind = getattr(tonic.datasets, SETS[name][0])
     try:
         if name == "cifar10-dvs":
             recordings = kind(save_to=str(root))

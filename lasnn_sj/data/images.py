@@ -28,7 +28,6 @@ CLASSES = {
     "digits": tuple("0123456789"),
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
-NAMES = ("digits", *STATISTICS)
 MOST_CLASSES = 100_000  # of a file with fewer images; a stray label must not make a network of gigabytes
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -263,16 +262,12 @@ def load(
             that does not divide the side of the images.
         FileNotFoundError: the file or folder is not there.
     """
-    if source == "digits":
-        return _digits(shrink)
-    if source in ("cifar10", "cifar100"):
-        return _cifar(str(source), Path(root), augment, download, shrink)
-    if source == "tiny-imagenet":
-        return _tiny_imagenet(Path(root) / "tiny-imagenet-200", augment, shrink)
+    if source in _LOADERS:
+        return _LOADERS[source](str(source), Path(root), augment, download, shrink)
     if Path(source).suffix == ".npz":
         return _npz(Path(source), augment, shrink)
     raise ValueError(
-        f"source must be one of {', '.join(NAMES)} or a file that ends in .npz, got {str(source)!r}"
+        f"source must be one of {', '.join(_LOADERS)} or a file that ends in .npz, got {str(source)!r}"
     )
 
 
@@ -299,7 +294,7 @@ def _shrunk_size(size: int, factor: int) -> int:
     return size // factor
 
 
-def _digits(shrink: int) -> ImageData:
+def _digits(name: str, root: Path, augment: bool, download: bool, shrink: int) -> ImageData:
     from sklearn.datasets import load_digits  # slow to import, needed only here
 
     digits = load_digits()
@@ -307,7 +302,7 @@ def _digits(shrink: int) -> ImageData:
     order = np.random.RandomState(0).permutation(len(images))
     test, train = order[:360], order[360:]
     arrays = (images[train], digits.target[train], images[test], digits.target[test])
-    return _from_arrays("digits", arrays, False, shrink)
+    return _from_arrays(name, arrays, False, shrink)
 
 
 def _cifar(name: str, root: Path, augment: bool, download: bool, shrink: int) -> ImageData:
@@ -412,8 +407,9 @@ class _ImageFiles(Dataset):
         return self.transform(image), label
 
 
-def _tiny_imagenet(folder: Path, augment: bool, shrink: int) -> ImageData:
-    """The archive's own layout: ``train/ID/images/*.JPEG``, ``val/images``, ``val/val_annotations.txt``."""
+def _tiny_imagenet(name: str, root: Path, augment: bool, download: bool, shrink: int) -> ImageData:
+    """Read the layout of the archive: ``train/ID/images/*.JPEG``, ``val/images``, ``val_annotations.txt``."""
+    folder = root / "tiny-imagenet-200"
     if not (folder / "train").is_dir() or not (folder / "val" / "val_annotations.txt").is_file():
         raise FileNotFoundError(
             f"{folder} is not an unpacked tiny-imagenet-200 (it needs train/ and val/val_annotations.txt); "
@@ -439,11 +435,11 @@ def _tiny_imagenet(folder: Path, augment: bool, shrink: int) -> ImageData:
                 f"unpack the archive again"
             )
         test.append((folder / "val" / "images" / file, classes[wnid]))
-    mean, std = STATISTICS["tiny-imagenet"]
+    mean, std = STATISTICS[name]
     size = _shrunk_size(64, shrink)
     first = [_Shrink(shrink)] if shrink > 1 else []
     return ImageData(
-        name="tiny-imagenet",
+        name=name,
         train=_ImageFiles(train, v2.Compose([*first, transforms(size, augment)])),
         test=_ImageFiles(test, v2.Compose([*first, transforms(size, False)])),
         num_classes=len(classes),
@@ -452,3 +448,12 @@ def _tiny_imagenet(folder: Path, augment: bool, shrink: int) -> ImageData:
         mean=mean,
         std=std,
     )
+
+
+# Data sets by name: functions of (name, root, augment, download, shrink).
+_LOADERS: dict[str, Callable[[str, Path, bool, bool, int], ImageData]] = {
+    "digits": _digits,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "tiny-imagenet": _tiny_imagenet,
+}

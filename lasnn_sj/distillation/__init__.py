@@ -1,5 +1,7 @@
 """Distillation: objectives, attention maps, and the taps that read layers."""
 
+from inspect import signature
+
 from .attention import (
     Attention,
     activation_map,
@@ -90,9 +92,7 @@ def parse_objective(text: str) -> Objective:
     Raises:
         ValueError: anything else; no code is run.
     """
-    known = (
-        BKD, KDSNN, SAMD, SASTC, EnOF, RelationalKD, StableNoise, StableSpike,
-        Attention, CrossEntropy, DIST, DecoupledKD, DefaultKD, LabelKD, NoiseSmoothedKD,
-        EntropyRegularization, PerStepCE, SeAlKD, Synergy, TET, TKS, TPD, TemporalKD,
-    )  # fmt: skip
+    kinds = [one for one in (globals()[name] for name in __all__) if isinstance(one, type)]
+    objectives = [one for one in kinds if issubclass(one, Objective) and one not in (Objective, Sum)]
+    known = [one for one in objectives if "teacher" not in signature(one).parameters]
     return _parse(text, {one.__name__: one for one in known})

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .dynamics import RESETS
 from .surrogate import LinearSurrogate, kernel_form
 
 NAMES = ("auto", "torch", "numba", "cupy")
@@ -72,13 +73,15 @@ def backend(
     return choose(device, dtype, LinearSurrogate() if surrogate is None else surrogate)
 
 
-def choose(device: torch.device, dtype: torch.dtype, surrogate: nn.Module) -> BackendChoice:
-    """Return the backend for a device, dtype and surrogate; see :func:`backend`."""
+def choose(
+    device: torch.device, dtype: torch.dtype, surrogate: nn.Module, reset: str = "paper"
+) -> BackendChoice:
+    """Return the backend for a device, dtype, surrogate and reset; see :func:`backend`."""
     forced = _forced
     if forced == "torch":
         return BackendChoice("torch", FORCED)
     name = {"cpu": "numba", "cuda": "cupy"}.get(device.type)
-    why_not = _why_no_kernel(name, device, dtype, surrogate)
+    why_not = _why_no_kernel(name, device, dtype, surrogate, reset)
     if forced not in ("auto", name):
         why_not = f"{forced} does not run on device {device}"
     if why_not is None:
@@ -89,12 +92,14 @@ def choose(device: torch.device, dtype: torch.dtype, surrogate: nn.Module) -> Ba
 
 
 def _why_no_kernel(
-    name: str | None, device: torch.device, dtype: torch.dtype, surrogate: nn.Module
+    name: str | None, device: torch.device, dtype: torch.dtype, surrogate: nn.Module, reset: str
 ) -> str | None:
     if name is None:
         return f"no kernel for device {device}"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels compute in float32 and do not take {dtype}"
+    if reset not in RESETS:
+        return f"reset {reset!r} has no kernel; {', '.join(RESETS)} have one"
     if kernel_form(surrogate, 1.0) is None:
         return (
             f"surrogate {type(surrogate).__name__} has no kernel form; LinearSurrogate, ATan, Sigmoid "

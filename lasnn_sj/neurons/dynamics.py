@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,12 +22,18 @@ TRACE_DECAY = math.exp(-1.0)  # of the spike trace in a step, Eq. 11
 TRACE_STEPS = 16
 
 
+ResetForm = Literal["paper", "soft", "hard"]
+
+
 class Reset(IntEnum):
-    """Code of :attr:`Dynamics.reset` in the kernels."""
+    """Code of :attr:`Dynamics.reset` in the kernels; a form without a code runs in plain PyTorch."""
 
     PAPER = 0
     SOFT = 1
     HARD = 2
+
+
+RESETS = tuple(code.name.lower() for code in Reset)  # in the order of their codes
 
 
 class Shape(IntEnum):
@@ -56,15 +62,15 @@ class Dynamics:
 
     leak: float = 1.0
     v_threshold: float = 1.0
-    reset: Literal["paper", "soft", "hard"] = "paper"
+    reset: ResetForm = "paper"
     v_reset: float = 0.0
     gain: float = 1.0
     offset: float = 0.0
     detach_reset: bool = True
 
     def __post_init__(self) -> None:
-        if self.reset not in ("paper", "soft", "hard"):
-            raise ValueError(f"reset must be 'paper', 'soft' or 'hard', got {self.reset!r}")
+        if self.reset not in get_args(ResetForm):
+            raise ValueError(f"reset must be one of {', '.join(get_args(ResetForm))}, got {self.reset!r}")
         if not (math.isfinite(self.v_threshold) and self.v_threshold > 0):
             raise ValueError(f"v_threshold must be a positive number, got {self.v_threshold}")
         if not 0 <= self.leak <= 1:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .backends import choose, warn_once
-from .dynamics import Dynamics, LoopParameters, LoopResult, Reset, Shape, run
+from .dynamics import RESETS, Dynamics, LoopParameters, LoopResult, Shape, run
 from .layout import empty_bits, empty_sequence, is_time_major
 from .surrogate import kernel_form
 
-RESETS = tuple(code.name.lower() for code in Reset)  # in the order of their codes
 SHAPES = tuple(code.name.lower() for code in Shape)
 PARAMETER_TYPES = tuple(get_type_hints(LoopParameters).values())
 
@@ -62,7 +61,7 @@ def time_loop(
     if mask is not None and mask.requires_grad:
         raise ValueError("mask is a constant of the operation, got one that requires a gradient")
 
-    chosen = choose(x.device, x.dtype, surrogate)
+    chosen = choose(x.device, x.dtype, surrogate, dynamics.reset)
     if chosen.name == "torch":
         warn_once(chosen)
         return run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)

@@ -330,7 +330,7 @@ def test_a_bad_recording_is_named_and_the_others_are_left_alone(rows, message, r
         assert len(list((root / "frames").iterdir())) == 1  # of the good one
 
 
-@pytest.mark.parametrize("name", events.NAMES)
+@pytest.mark.parametrize("name", events.SETS)
 def test_a_missing_archive_without_network(name, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Network is unreachable")
@@ -359,7 +359,7 @@ def test_bad_arguments(tmp_path):
 
 def test_a_flip_changes_the_label_with_the_hand():
     names = [name.lower() for name in tonic.datasets.DVSGesture.classes]
-    flips = events.FLIPS["dvs-gesture"]
+    flips = events.SETS["dvs-gesture"][1]
     mirrored = {"right": "left", "left": "right", "cw": "ccw", "ccw": "cw"}
     for label, name in enumerate(names):
         other = " ".join(mirrored.get(word, word) for word in name.split())
@@ -407,7 +407,7 @@ def test_cutout_empties_one_square():
 
 def test_training_is_augmented_and_the_test_set_is_not(root):
     data = events.load("dvs-gesture", root, Framing(T=2))
-    assert data.train.augment == Augment(events.FLIPS["dvs-gesture"], shift=8, cutout=16)
+    assert data.train.augment == Augment(events.SETS["dvs-gesture"][1], shift=8, cutout=16)
     assert data.test.augment is None
     assert events.load("dvs-gesture", root, augment=False).train.augment is None
 

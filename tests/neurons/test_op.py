@@ -505,6 +505,17 @@ def test_kernels_compile_without_a_place_to_cache(monkeypatch):
     assert task["x"] == 42
 
 
+def test_a_reset_without_a_kernel_runs_in_plain_pytorch(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "RESETS", ("paper", "hard"))
+    x, v = torch.rand(5, 3), torch.zeros(3)
+    soft = Dynamics(reset="soft")
+    found = time_loop(x, v, soft, LinearSurrogate())
+    assert_close(found, run(x, v, soft, LinearSurrogate()), rtol=0, atol=0)
+    assert "reset 'soft' has no kernel; paper, hard have one" in caplog.text
+    with use_backend("numba"), pytest.raises(RuntimeError, match="cannot be met: reset 'soft' has no kernel"):
+        time_loop(x, v, soft, LinearSurrogate())
+
+
 def test_backend_names_what_runs_and_why():
     assert neurons.backend("cpu").name == "numba"
     assert neurons.backend(torch.zeros(2, dtype=torch.bfloat16)).name == "numba"
