@@ -63,7 +63,7 @@ def test_the_figures_of_the_tutorial_are_shown(executed):
     shown = figures(executed[0])
     assert len(shown) == FIGURES
     for picture in shown:
-        assert min(picture.shape) > 200
+        assert min(picture.shape) > 150
         assert 0.005 < (picture < 200).mean() < 0.9  # something is drawn, on white
 
 
