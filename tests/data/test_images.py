@@ -182,7 +182,7 @@ def test_a_missing_npz_file_is_named(tmp_path):
         data.load(tmp_path / "nothing.npz")
 
 
-@pytest.mark.parametrize("source", ["mnist", "images/", "arrays.npy", ""])
+@pytest.mark.parametrize("source", ["imagenet-of-mine", "images/", "arrays.npy", ""])
 def test_unknown_names(source):
     with pytest.raises(ValueError, match=r"source must be one of digits, cifar10, cifar100, tiny-imagenet"):
         data.load(source)
