@@ -108,7 +108,7 @@ class Pipeline(Runner):
 
     @property
     def converts(self) -> bool:
-        """Whether the student is an ANN first, which is converted."""
+        """True if the student is trained as an ANN first and then converted."""
         return converts(self.recipe.student)
 
     def encoder(self, T: int | None = None) -> nn.Module:
@@ -349,7 +349,7 @@ class Pipeline(Runner):
 
 
 def converts(student: str) -> bool:
-    """Whether a network of :mod:`lasnn_sj.models` is an ANN first, which is converted."""
+    """Return whether a network of :mod:`lasnn_sj.models` is trained as an ANN first and then converted."""
     return not student.startswith("spiking_")
 
 
