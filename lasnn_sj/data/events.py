@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -391,11 +392,19 @@ def load(
     size = -(-kind.sensor_size[0] // framing.shrink)
     change = Augment(SETS[name][1], shift=size // 16, cutout=size // 8) if augment else None
     folder = root / "frames" if cache is None else Path(cache)
+    _remove_old_parts(folder)
     train, test = (
         EventFrames(recordings, indices, name, framing, folder, change if role == 0 else None)
         for role, (recordings, indices) in enumerate(sets)
     )
     return EventData(name, train, test, tuple(kind.classes), size)
+
+
+def _remove_old_parts(folder: Path) -> None:
+    """Remove what processes left that were killed as they wrote; younger ones may be at it still."""
+    for part in folder.glob(".*.part"):
+        if time.time() - part.lstat().st_mtime > 24 * 3600:
+            part.unlink(missing_ok=True)
 
 
 def _tonic_sets(name: str, root: Path) -> tuple[list[tuple[Dataset, list[int]]], type]:

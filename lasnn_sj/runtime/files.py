@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -27,26 +28,39 @@ def write(path: Path, data: str | bytes) -> None:
         data: bytes, or text that is written as UTF-8 with its line ends as they are.
 
     Raises:
-        OSError: as ``open`` does; the file that was there is intact.
+        OSError: it could not be written, names the path; the file that was there is intact.
     """
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+    with named(path):
+        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(part, 0o644)
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
+        flush(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let a system error name the file, which those of ``write`` and ``fsync`` do not."""
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
-    flush(path.parent)
 
 
 def append(path: Path, text: str) -> None:
     """Add text to the end of a file, flushed to the disk; made if it is not there, never through a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(path, flags, 0o644), "w", encoding="utf-8", newline="") as file:
+    with named(path), open(os.open(path, flags, 0o644), "w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
+from .files import named
+
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
 BEAT = 15.0  # seconds between signs of life
 STALE = 120.0  # seconds without one; above the minute for which NFS may show an old time of change
+CUT = 5.0  # seconds in which a lock that is there has its content
 
 
 class LockError(RuntimeError):
@@ -111,11 +114,11 @@ class FolderLock:
                 raise LockError(f"{self.path} is no file, as a lock would be; remove it") from None
             return False
         try:
-            with open(descriptor, "w") as file:
-                json.dump(own, file)
+            with named(self.path), open(descriptor, "w") as file:
+                file.write(json.dumps(own))  # at once: a lock that is cut off costs the next process seconds
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             self.path.unlink(missing_ok=True)
             raise
         return True
@@ -124,10 +127,11 @@ class FolderLock:
         """Return whether the holder is gone; ``None`` where the lock itself changed hands meanwhile."""
         if {name: owner.get(name) for name in _place()} == _place() and isinstance(owner.get("pid"), int):
             return not _alive(owner["pid"], owner.get("started"))
+        patience = STALE if "token" in owner else CUT
         log.warning(
-            "%s is in use by %s; waiting for a sign of life, %g s at most", self.path.parent, who, STALE
+            "%s is in use by %s; waiting for a sign of life, %g s at most", self.path.parent, who, patience
         )
-        first, end = owner["beat"], time.monotonic() + STALE
+        first, end = owner["beat"], time.monotonic() + patience
         while time.monotonic() < end:
             time.sleep(min(1.0, BEAT / 4))
             now = _read(self.path)

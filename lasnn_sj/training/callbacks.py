@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 class TrainerView(Protocol):
@@ -62,25 +66,44 @@ class Callback:
 class TensorBoard(Callback):
     """Scalars of every epoch and the settings as text.
 
+    A file that cannot be written (full disk) is said in a warning, and training goes on without it.
+
     Args:
         folder: of the event files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writer = None
 
     def on_fit_start(self, trainer: TrainerView) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=len(trainer.history) + 1)
-        settings = json.dumps(trainer.settings(), indent=1)
-        self._writer.add_text("settings", "    " + settings.replace("\n", "\n    "))
+        with self._going_on():
+            self._writer = SummaryWriter(str(self.folder), purge_step=len(trainer.history) + 1)
+            settings = json.dumps(trainer.settings(), indent=1)
+            self._writer.add_text("settings", "    " + settings.replace("\n", "\n    "))
 
     def on_epoch(self, trainer: TrainerView, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                self._writer.add_scalar(name, value, row["epoch"])
-        self._writer.flush()
+        with self._going_on():
+            for name, value in row.items():
+                if name != "epoch" and self._writer is not None:
+                    self._writer.add_scalar(name, value, row["epoch"])
+            if self._writer is not None:
+                self._writer.flush()
 
     def on_fit_end(self, trainer: TrainerView) -> None:
-        self._writer.close()
+        with self._going_on():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            log.warning(
+                "TensorBoard's file in %s cannot be written (%s); training goes on without it",
+                self.folder, error,
+            )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class RunFolder:
     def __init__(self, path: Path, checkpoint_every: int | timedelta) -> None:
         self.path, self.every = path, checkpoint_every
         self._saved, self._rows = monotonic(), []
+        self._table: BinaryIO | None = None  # steps.csv as last written
         self._lock = locks.FolderLock(path)
         distributed.by_main(self._make)
 
@@ -66,7 +68,9 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         try:
             self._write_what_waits()
+            self._put_back()
         finally:
+            self._hold(None)
             if distributed.is_main():
                 self._lock.__exit__()
 
@@ -172,12 +176,28 @@ class RunFolder:
         if not distributed.is_main():
             return
         path = self.path / "steps.csv"
+        self._put_back()
         head = self._widen(path, names)
         lines = []
         for (where, _), losses in zip(rows, values):
             there = {name: loss for name, loss in zip(names, losses) if not math.isnan(loss)}
             lines.append([*where, sum(there.values()), *(there.get(name, "") for name in head[len(HEAD) :])])
         files.append(path, files.as_csv(lines))
+        self._hold(path)
+
+    def _hold(self, path: Path | None) -> None:
+        """Keep the table open, so that its content is there when somebody removes it."""
+        if self._table is not None:
+            self._table.close()
+        self._table = None if path is None else open(path, "rb")
+
+    def _put_back(self) -> None:
+        """Write the table again if it was removed since this run last wrote it."""
+        path = self.path / "steps.csv"
+        if self._table is not None and not os.path.lexists(path):
+            log.warning("%s was removed during the run and is written again", path)
+            self._table.seek(0)
+            files.write(path, self._table.read())
 
     @staticmethod
     def _widen(path: Path, names: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ classes. Real ones are used where the environment variable LASNN_SJ_DATA names a
 
 import logging
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +261,17 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(root, tmp_
             part.counts(0)
     assert not list(cache.iterdir())
     assert (part.counts(0) == part._make(part.indices[0])).all()
+
+
+def test_old_parts_of_killed_processes_are_removed_from_the_cache(root, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, age in (("old", 2 * 24 * 3600), ("young", 60)):
+        part = cache / f".{name}.part"
+        part.touch()
+        os.utime(part, (time.time() - age,) * 2)
+    events.load("dvs-gesture", root, Framing(T=4), False, cache)
+    assert [path.name for path in cache.iterdir()] == [".young.part"]
 
 
 def test_many_events_at_one_pixel_are_all_counted(root):

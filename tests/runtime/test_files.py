@@ -18,7 +18,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     for call in ("fsync", "replace"):
         with monkeypatch.context() as m:
             m.setattr(os, call, fails)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match="No space left on device: .*a.csv"):
                 files.write(path, "other")
         assert path.read_bytes().startswith(b"step")
         assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
@@ -51,6 +51,15 @@ def test_nothing_is_appended_through_a_link(tmp_path):
     files.append(tmp_path / "own", "a\n")
     files.append(tmp_path / "own", "b\n")
     assert (tmp_path / "own").read_text() == "a\nb\n"
+
+
+def test_a_line_that_cannot_be_appended_is_named(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output error: .*steps.csv"):
+        files.append(tmp_path / "steps.csv", "1\n")
 
 
 def test_parts_of_a_killed_process_are_removed(tmp_path):

@@ -103,11 +103,23 @@ def test_on_another_host_signs_of_life_count(tmp_path, holder, monkeypatch, capl
     assert "waiting for a sign of life" in caplog.text
 
 
-def test_a_lock_cut_off_as_it_was_written_is_stale_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "STALE", 0.3)
-    (tmp_path / locks.NAME).write_text('{"host": "he')
+@pytest.mark.parametrize("content", ["", '{"host": "he'])
+def test_a_lock_cut_off_as_it_was_written_is_stale_after_seconds(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(locks, "CUT", 0.3)
+    (tmp_path / locks.NAME).write_text(content)
+    start = time.monotonic()
     with FolderLock(tmp_path):
-        pass
+        assert time.monotonic() - start < 10  # not the minutes that a lock of another machine has
+
+
+def test_a_lock_that_cannot_be_written_is_named_and_not_left(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space left on device: .*run.lock"):
+        FolderLock(tmp_path).__enter__()
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_time_of_change_is_renewed(tmp_path, monkeypatch):

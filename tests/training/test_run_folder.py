@@ -314,6 +314,35 @@ def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplo
         assert "steps.csv" in caplog.text
 
 
+@pytest.mark.parametrize("at", [3, 8])
+def test_a_table_removed_during_the_run_is_written_again(tmp_path, caplog, at):
+    class Remove(Callback):
+        def on_step(self, trainer, parts):
+            if trainer.step == at:
+                (tmp_path / "steps.csv").unlink()
+
+    Trainer(
+        student(), encoder=DirectEncoder(2), run_dir=tmp_path, seed=0, callbacks=[Remove()],
+        options=TrainingOptions(checkpoint_every=1),
+    ).fit(loader(), epochs=2)  # fmt: skip
+    assert steps(tmp_path) == list(range(1, 9))
+    assert "steps.csv was removed during the run and is written again" in caplog.text
+
+
+def test_tensorboard_that_cannot_write_does_not_stop_a_run(tmp_path, caplog, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    alone = run(tmp_path / "alone")
+    monkeypatch.setattr(SummaryWriter, "flush", fails)
+    disturbed = run(tmp_path / "disturbed")
+    assert len(disturbed.history) == 2
+    assert same(disturbed, alone)
+    assert "No space left on device); training goes on without it" in caplog.text
+
+
 def test_a_folder_in_place_of_a_table_or_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "run" / "steps.csv").mkdir(parents=True)
     with pytest.raises(ValueError, match="steps.csv is a folder where a table belongs"):
