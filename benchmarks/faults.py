@@ -6,8 +6,8 @@
 ``faults.c`` is compiled with ``cc`` and preloaded. One process imports everything, warms up and forks for
 each trial: a child trains (or writes a table, or a report) until its n-th call meets a fault; another child
 starts the same again, to its end. What is then in the folder must be what an undisturbed run leaves, byte for
-byte, temporary files included; times, TensorBoard's files and older checkpoints are left out. A fault that ends
-the first child must do so in an error of a documented kind that names a path in the folder.
+byte, temporary files included; times, TensorBoard's files and older checkpoints are left out. Where the fault
+ends the first child, its error must be of a documented kind and name a path in the folder.
 """
 
 from __future__ import annotations
