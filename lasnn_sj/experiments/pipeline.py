@@ -63,7 +63,8 @@ class Pipeline(Runner):
     have to be named.
 
     Raises:
-        ValueError: the folder holds a run of another recipe or data set; the message lists what differs.
+        ValueError: the folder holds a run of another recipe or data set, or was given other networks; the
+            message lists what differs.
         RuntimeError: several processes under torchrun.
     """
 
@@ -85,6 +86,9 @@ class Pipeline(Runner):
             "given_ann": ann is not None,
         }
         super().__init__(recipe, data, run_dir, device, described(recipe) | counted)
+        for name, net in {"teacher": teacher, "ann": ann, "snn_teacher": snn_teacher}.items():
+            if net is not None:
+                self._hold_to(name, net)
         self._given, self._ann, self._snn_teacher = (
             None if net is None else net.to(self.device) for net in (teacher, ann, snn_teacher)
         )

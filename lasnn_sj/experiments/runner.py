@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
 from ..runtime.files import check_settings
 from ..runtime.locks import FolderLock
+from ..training import fingerprint
 from ..training.checkpoint import save_weights
 from ..training.trainer import Trainer
 from .recipes import Recipe, ReverseRecipe
@@ -53,7 +55,7 @@ class Runner:
         settings: described in ``recipe.json``, against which a later run in this folder is held.
 
     Raises:
-        ValueError: the folder holds a run with other settings; the message lists what differs.
+        ValueError: the folder holds a run with other settings or data; the message lists what differs.
         RuntimeError: several processes under torchrun.
     """
 
@@ -71,6 +73,14 @@ class Runner:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.run_dir)
         check_settings(self.run_dir / "recipe.json", settings)
+        parts = {"train": data.loaders(1)[0], "test": data.test_loader(1)}
+        digests = {name: fingerprint.data(loader, {}) for name, loader in parts.items()}
+        check_settings(self.run_dir / "data.json", digests)
+
+    def _hold_to(self, name: str, net: nn.Module) -> None:
+        """Refuse a network that was given before with other weights, or as another one."""
+        said = {"class": type(net).__name__, "weights": fingerprint.weights(net.state_dict())}
+        check_settings(self.run_dir / f"given_{name}.json", said)
 
     def _finished(self, name: str) -> dict | None:
         """Result of a stage, ``None`` where it is not finished."""

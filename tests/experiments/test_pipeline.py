@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based.layer import Dropout
@@ -152,6 +153,31 @@ def test_another_recipe_or_data_set_is_refused(finished, digits):
         Pipeline(dataclasses.replace(TINY, T=3), digits, folder)
     with pytest.raises(ValueError, match="train_images: there 256, here 128"):
         Pipeline(TINY, digits.subset(128), folder)
+
+
+def test_an_exchanged_file_of_the_same_size_is_refused(tmp_path):
+    """A table would have rows of two data sets: the file has the name and the counts that it had."""
+    random = np.random.default_rng(0)
+    arrays = {"x_train": random.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), "y_train": np.arange(40) % 4}
+    arrays |= {"x_test": arrays["x_train"][:8], "y_test": arrays["y_train"][:8]}
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays)
+    Pipeline(TINY, data.load(path), tmp_path / "run")
+    Pipeline(TINY, data.load(path), tmp_path / "run")
+    for changed, said in (
+        ({"x_train": 255 - arrays["x_train"]}, "train.items.0: there"),
+        ({"y_test": arrays["y_test"][::-1]}, "test.labels: there"),
+    ):
+        np.savez(path, **arrays | changed)
+        with pytest.raises(ValueError, match=said):
+            Pipeline(TINY, data.load(path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["teacher", "ann", "snn_teacher"])
+def test_another_network_in_place_of_one_that_was_given_is_refused(name, digits, tmp_path):
+    Pipeline(TINY, digits, tmp_path, **{name: torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="weights: there"):
+        Pipeline(TINY, digits, tmp_path, **{name: torch.nn.Linear(2, 2)})
 
 
 def test_thresholds_of_the_stages(finished, digits):
