@@ -95,6 +95,9 @@ def test_train_leaves_table_and_configuration(trained, capsys):
     assert f"| LaSNN, T = 4             | {result['top1']:.2f}" in table
     run, seeds = runs.open_folder(folder)
     assert seeds == [3]
+    for name in ("seed\u00b2", "seed\u0663", "seeds", "seed-1"):  # no seeds, and one is no number at all
+        (folder / name).mkdir()
+    assert runs.open_folder(folder)[1] == [3]
     assert (run.seeds, run.run_dir, run.recipe.T) == ((3,), folder, 4)
     # again: every stage is there, nothing is trained
     cli.main(["train", str(folder / "config.yaml")])

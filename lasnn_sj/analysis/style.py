@@ -227,7 +227,8 @@ def layer_labels(names: Sequence[str]) -> list[str]:
 
 
 def plain(text: str, most: int = 44) -> str:
-    """Escape a name for matplotlib (formulas, a leading underscore), and cut it where it is too long."""
+    """Escape a name for matplotlib (formulas, a leading underscore, no UTF-8), and cut it where too long."""
+    text = text.encode(errors="replace").decode()
     half = (most - 1) // 2
     text = text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import hashlib
-import json
+import io
 import logging
 import statistics
 from collections.abc import Mapping
@@ -27,7 +26,8 @@ from ..analysis.stages import STAGES
 from ..data import images as data
 from ..data.images import ImageData
 from ..distillation import Objective, parse_objective
-from ..runtime.files import check_settings, write
+from ..runtime import files
+from ..runtime.files import check_settings
 from . import config, pipeline, runs, text
 from .jobs import default_processes, run_jobs
 from .recipes import Recipe, described
@@ -127,6 +127,7 @@ class Comparison(runs.Experiment):
         self._check_device()
         facts = self._facts()
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        files.remove_parts(self.run_dir, files.ABANDONED)
         check_settings(self.run_dir / "comparison.json", facts)
         config.write(self.run_dir / runs.FILE, {"method": self.method} | config.plain(self))
         processes = self.processes or default_processes([self.device])
@@ -165,7 +166,8 @@ class Comparison(runs.Experiment):
         for row in (START, *self.rows):
             name = "start" if row == START else folder_name(row)
             paths = {seed: self.run_dir / f"seed{seed}" / name / "result.json" for seed in self.seeds}
-            found[row] = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+            there = {seed: files.read_json(path) for seed, path in paths.items()}
+            found[row] = {seed: result for seed, result in there.items() if result is not None}
         return found
 
     def part(self, seed: int) -> pipeline.Pipeline:
@@ -261,7 +263,7 @@ class Comparison(runs.Experiment):
         """Write the table with what is finished: ``table.md``, ``.csv``, ``_curves.csv`` and ``.png``."""
         results = self.results()
         table = f"# Comparison\n\n{self.title()}\n\n{self.table(results)}\n{self._footer()}"
-        write(self.run_dir / "table.md", table)
+        files.write(self.run_dir / "table.md", table)
         self._write_csv(results)
         try:
             _plot(self, results, self.run_dir / "table.png")
@@ -314,18 +316,16 @@ class Comparison(runs.Experiment):
         )
 
     def _write_csv(self, results: Results) -> None:
-        with open(self.run_dir / "table.csv", "w", newline="") as file, \
-                open(self.run_dir / "table_curves.csv", "w", newline="") as curves:  # fmt: skip
-            table, over_time = csv.writer(file), csv.writer(curves)
-            table.writerow(("row", "seed", "gain", *COLUMNS, "judge", "objective"))
-            over_time.writerow(("row", "seed", "t", "top1"))
-            for row, by_seed in results.items():
-                gains = {} if row == START else paired(results, row, self.baseline)
-                for seed, result in by_seed.items():
-                    values = (result.get(column) for column in COLUMNS)
-                    table.writerow((row, seed, gains.get(seed), *values, self.judge, self.rows.get(row)))
-                    curve = enumerate(result.get("top1_over_time", ()), 1)
-                    over_time.writerows((row, seed, *point) for point in curve)
+        table: list[tuple] = [("row", "seed", "gain", *COLUMNS, "judge", "objective")]
+        over_time: list[tuple] = [("row", "seed", "t", "top1")]
+        for row, by_seed in results.items():
+            gains = {} if row == START else paired(results, row, self.baseline)
+            for seed, result in by_seed.items():
+                values = (result.get(column) for column in COLUMNS)
+                table.append((row, seed, gains.get(seed), *values, self.judge, self.rows.get(row)))
+                over_time += [(row, seed, *point) for point in enumerate(result.get("top1_over_time", ()), 1)]
+        files.write_csv(self.run_dir / "table.csv", table)
+        files.write_csv(self.run_dir / "table_curves.csv", over_time)
 
 
 def paired(
@@ -376,4 +376,6 @@ def _plot(run: Comparison, results: Results, path: Path) -> None:
     if right.lines:  # before the first row is finished there is none
         right.legend(fontsize="small")
     figure.suptitle(run.title(), fontsize="small")
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    files.write(path, drawn.getvalue())

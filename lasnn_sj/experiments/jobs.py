@@ -62,12 +62,14 @@ def default_processes(devices: Sequence[str]) -> int:
     return len(devices) if devices[0] != "cpu" else len(os.sched_getaffinity(0))
 
 
-_work: Callable[[object], tuple[object, str | None]]  # of a worker process, set once when it starts
+# Of a worker process, set once when it starts.
+_work: Callable[[object], tuple[object, str | None]]
+_parent: int
 
 
 def _start_worker(work: Callable, free: multiprocessing.Queue, threads: int, parent: int) -> None:
-    global _work
-    device = free.get()
+    global _work, _parent
+    _parent, device = parent, free.get()
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s", datefmt="%H:%M:%S")
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -86,6 +88,8 @@ def _end_with(parent: int) -> None:
 
 
 def _call(job: object) -> tuple[object, str | None]:
+    if os.getppid() != _parent:  # the pool takes a job that a signal ended for one that failed, and goes on
+        os._exit(1)
     return _work(job)
 
 

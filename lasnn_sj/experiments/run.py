@@ -17,6 +17,7 @@ from .. import models
 from ..analysis.stages import STAGES
 from ..data import events
 from ..data import images as data
+from ..runtime import files
 from ..runtime.files import check_settings
 from . import report, scales
 from .jobs import run_jobs
@@ -230,6 +231,7 @@ def reproduce(
     rows = [row for row in chosen if not row.cited]
     _check_data(runner, rows)
     runner.run_dir.mkdir(parents=True, exist_ok=True)
+    files.remove_parts(runner.run_dir, files.ABANDONED)
     log.info("table %s at scale %s: %d rows, %d seeds of each", table, scale, len(rows), seeds)
     failed = _run_all(runner, rows, seeds, devices, processes or len(devices))
     results: Results = {}

@@ -71,6 +71,7 @@ class Runner:
         self.recipe, self.data = recipe, data
         self.device, self.run_dir = torch.device(device), Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        files.remove_parts(self.run_dir, files.ABANDONED)
         self._lock = FolderLock(self.run_dir)
         check_settings(self.run_dir / "recipe.json", settings)
         parts = {"train": data.loaders(1)[0], "test": data.test_loader(1)}
@@ -108,6 +109,7 @@ class Runner:
             prepare()
             folder = self.run_dir / folder_name(name)
             folder.mkdir(exist_ok=True)
+            files.remove_parts(folder, files.ABANDONED)
             self._describe()
             log.info("%s of %s", name, self.run_dir)
             # A stage's result must not depend on which others this process has run.

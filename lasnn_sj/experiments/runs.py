@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -412,7 +413,8 @@ def open_folder(run_dir: str | Path) -> tuple[Experiment, list[int]]:
         raise config.ConfigError(
             f"{folder} has no {FILE}; give the folder (run_dir) of a run of the command line or the examples"
         )
-    seeds = sorted(int(path.name[4:]) for path in folder.glob("seed*") if path.name[4:].isdigit())
+    named = (re.fullmatch(r"seed([0-9]{1,18})", path.name) for path in folder.iterdir())
+    seeds = sorted(int(found[1]) for found in named if found)
     if not seeds:
         raise config.ConfigError(f"{folder} has no seed's folder; train again")
     return dataclasses.replace(read(folder / FILE), run_dir=folder), seeds

@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 PART = ".part"  # ends the names of files that are not whole yet
+ABANDONED = 60.0  # seconds after which a file that is not whole has no writer any more
 LISTED = 8  # differences of settings in a message
 
 
@@ -83,11 +86,18 @@ def as_csv(rows: Iterable[Iterable[object]]) -> str:
     return buffer.getvalue()
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a process left that was killed within :func:`write`; for the folder's one writer."""
+def remove_parts(folder: Path, age: float = 0.0) -> None:
+    """Remove what a process left that was killed within :func:`write`.
+
+    Args:
+        folder: which may not be there.
+        age: seconds without a change; 0 where nobody else writes, otherwise :data:`ABANDONED`.
+    """
     for part in folder.glob(f".*{PART}"):
-        if not part.is_dir() or part.is_symlink():
-            part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            about = part.lstat()
+            if not stat.S_ISDIR(about.st_mode) and time.time() - about.st_mtime >= age:
+                part.unlink()
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -101,7 +101,7 @@ class TensorBoard(Callback):
     def _going_on(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # it wants names in UTF-8
             self._writer = None
             log.warning(
                 "TensorBoard's file in %s cannot be written (%s); training goes on without it",

@@ -185,7 +185,9 @@ def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        path for path in folder.iterdir() if path.name.isdigit() and path.is_dir() and not path.is_symlink()
+        path
+        for path in folder.iterdir()
+        if path.name.isascii() and path.name.isdigit() and path.is_dir() and not path.is_symlink()
     )
 
 

@@ -146,6 +146,7 @@ def test_a_known_name_brings_the_published_statistics(tmp_path):
     ({"y_test": np.zeros(4)}, "y_test must be 4 whole numbers from 0 on, got float64"),
     ({"y_test": np.array(["a", "b", "c", "d"], object)}, r"bad\.npz cannot be read as an \.npz file"),
     ({"y_test": np.array(["a", "b", "c", "d"])}, "y_test must be 4 whole numbers from 0 on, got <U1"),
+    ({"y_test": np.array([0, 1, 2, 5 * 10**7])}, "the label 50000000, .*50000001 classes of 4 images"),
 ])  # fmt: skip
 def test_npz_files_that_are_refused(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):

@@ -1,10 +1,16 @@
 """Comparison of objectives: shared starts, resumption, paired gains, and images that are not touched."""
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,3 +230,68 @@ def test_jobs_in_two_processes():
     done = sorted(jobs.run_jobs(double, [1, 2, 3, 4], ["cpu"], 2))
     assert done == [(1, 2, None), (2, 4, None), (3, None, "ValueError: three"), (4, 8, None)]
     assert list(jobs.run_jobs(double, [3], ["cpu"], 2)) == [(3, None, "ValueError: three")]
+
+
+def test_workers_end_with_their_parent_and_begin_no_other_job(tmp_path):
+    """The parent is killed at once; its worker saves on SIGTERM, and the pool would give it the next job."""
+    log = tmp_path / "log"
+
+    def work(job, device):
+        with open(log, "a") as file:
+            file.write(f"{job} on {device}\n")
+        try:
+            time.sleep(60)
+        finally:
+            log.with_name("saved").touch()
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    parent = os.fork()
+    if parent == 0:
+        me = os.getpid()
+        if os.fork() == 0:
+            try:
+                signal.signal(signal.SIGTERM, stop)
+                jobs._start_worker(work, SimpleNamespace(get=lambda: "cpu"), 1, me)
+                for job in ("first", "second"):
+                    with contextlib.suppress(BaseException):
+                        jobs._call(job)
+            finally:
+                os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    wait_for(log.exists)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_for(log.with_name("saved").exists)
+    time.sleep(0.3)
+    assert log.read_text() == "first on cpu\n"
+
+
+def wait_for(condition, within=30):
+    end = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "table_curves.csv", "table.png"])
+def test_no_table_is_written_through_a_link(finished, tmp_path, name):
+    here = comparison(tmp_path / "run")
+    shutil.copytree(finished[0], here.run_dir)
+    (tmp_path / "outside").write_text("theirs")
+    (here.run_dir / name).unlink()
+    (here.run_dir / name).symlink_to(tmp_path / "outside")
+    here._write()
+    assert (tmp_path / "outside").read_text() == "theirs"
+    assert not (here.run_dir / name).is_symlink()
+
+
+def test_a_damaged_result_is_a_row_that_is_not_there(finished, tmp_path, caplog):
+    here = comparison(tmp_path / "run")
+    shutil.copytree(finished[0], here.run_dir)
+    path = next(here.run_dir.glob("seed*/hybrid/result.json"))
+    path.write_text('{"top1": 5')
+    assert int(path.parts[-3].removeprefix("seed")) not in here.results()["hybrid"]
+    assert f"{path} is damaged" in caplog.text

@@ -1,6 +1,7 @@
 """The papers' networks: counts by hand, an independent forward pass, dropout, shapes, errors."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -528,6 +529,25 @@ def test_checkpoints_of_the_published_resnet20_in_both_formats(tmp_path, new_for
     torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=new_format)
     loaded = models.published_resnet20(path).model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["compressed", "pipe", "empty", "text", "cut", "other", "list"])
+def test_a_damaged_teacher_file_is_one_kind_of_error(tmp_path, damage):
+    path, net = tmp_path / "resnet20.th", models.teacher_resnet20(10)
+    torch.save({"state_dict": net.state_dict()}, path)
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "compressed":  # of zeros, which are a thousandth on the disk
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data/0", bytes(1 << 20))
+    elif damage in ("other", "list"):
+        torch.save([1] if damage == "list" else {"state_dict": {"a": torch.ones(2)}}, path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"no checkpoint", "cut": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(ValueError, match=r"resnet20\.th is not a checkpoint of that ResNet-20 \(.+\)"):
+        models.published_resnet20(path)
 
 
 DATA = Path(os.environ.get("LASNN_SJ_DATA", "/nowhere"))

@@ -65,8 +65,15 @@ def test_a_line_that_cannot_be_appended_is_named(tmp_path, monkeypatch):
 def test_parts_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".steps.csv.x1y2.part").touch()
     (tmp_path / "own.part").touch()
+    files.remove_parts(tmp_path, age=60)  # another process may be at it
+    assert len(list(tmp_path.iterdir())) == 2
     files.remove_parts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["own.part"]
+    (tmp_path / ".steps.csv.x1y2.part").touch()
+    os.utime(tmp_path / ".steps.csv.x1y2.part", (1, 1))
+    files.remove_parts(tmp_path, age=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.part"]
+    files.remove_parts(tmp_path / "missing")
 
 
 def test_a_difference_shows_only_what_differs(tmp_path):

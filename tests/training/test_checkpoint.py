@@ -66,6 +66,15 @@ def test_what_others_put_there_is_left_alone(tmp_path):
     assert names(tmp_path) == [".DS_Store", "00000001", "00000002"]
 
 
+def test_digits_that_are_no_ascii_are_somebody_elses(tmp_path):
+    other = tmp_path / "\u00b2"
+    other.mkdir()
+    for number in (1, 2, 3):
+        checkpoint.save(tmp_path, number, {"a": torch.ones(1)}, {})
+    assert other.is_dir()
+    assert checkpoint.load_latest(tmp_path)[0].name == "00000003"
+
+
 def test_weights_that_share_memory(tmp_path):
     """A layer used at two places has two names in state_dict; half of a tensor is one too."""
     shared = nn.Linear(2, 3)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import sys
 import time
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, PoissonEncoder, models
+from lasnn_sj.analysis.report import report
 from lasnn_sj.distillation import CrossEntropy, LabelKD
 from lasnn_sj.runtime import LockError
 from lasnn_sj.training import Trainer, TrainingOptions, checkpoint, fingerprint
@@ -350,6 +352,17 @@ def test_a_folder_in_place_of_a_table_or_a_file_in_place_of_the_folder(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="run_dir must be a folder, .*file is a file"):
         run(tmp_path / "file")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"r\xfcn")
+    alone = run(tmp_path / "alone")
+    run(folder, stop=6)
+    assert same(run(folder), alone)
+    assert steps(folder) == list(range(1, 9))
+    report(folder)
+    assert b"r?n" in (folder / "report.html").read_bytes()
 
 
 # ---- data without length, schedulers that look at the loss ----

@@ -82,6 +82,8 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
     beside = out.parent / f"{out.stem}_pictures"
     if pictures:
         files.inside(out.parent, beside.name).mkdir(exist_ok=True)
+    for folder in (out.parent, beside):
+        files.remove_parts(folder, files.ABANDONED)
     for name, data in pictures.items():
         files.write(beside / f"{name}.png", data)
     files.write(out, text.encode(errors="replace"))
