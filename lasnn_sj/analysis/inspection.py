@@ -30,6 +30,7 @@ from ..distillation.objective import members
 from ..distillation.pairs import LEVELS
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed, files, random_state
+from ..training.callbacks import going_on
 from ..training.evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
 from ..training.trainer import Trainer
 from .energy import COST, count_operations
@@ -247,7 +248,8 @@ def _show(folder: Path, settings: Mapping[str, object], inspection: Path) -> Non
     for nested in (value for value in settings.values() if isinstance(value, dict)):
         flat |= nested
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flat.items()}
-    with SummaryWriter(str(folder)) as writer, np.load(inspection.with_suffix(".npz")) as arrays:
+    stored = inspection.with_suffix(".npz")
+    with going_on(folder), SummaryWriter(str(folder)) as writer, np.load(stored) as arrays:
         writer.add_images("inspection/input", arrays["inputs"], dataformats="NHWC")
         for name in arrays.files:
             who, _, level = name.partition("_")

@@ -79,31 +79,30 @@ class TensorBoard(Callback):
     def on_fit_start(self, trainer: TrainerView) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import, needed only here
 
-        with self._going_on():
+        with going_on(self.folder):
             self._writer = SummaryWriter(str(self.folder), purge_step=len(trainer.history) + 1)
             settings = json.dumps(trainer.settings(), indent=1)
             self._writer.add_text("settings", "    " + settings.replace("\n", "\n    "))
 
     def on_epoch(self, trainer: TrainerView, row: Mapping[str, float]) -> None:
-        with self._going_on():
+        if self._writer is None:
+            return
+        with going_on(self.folder):
             for name, value in row.items():
-                if name != "epoch" and self._writer is not None:
+                if name != "epoch":
                     self._writer.add_scalar(name, value, row["epoch"])
-            if self._writer is not None:
-                self._writer.flush()
+            self._writer.flush()
 
     def on_fit_end(self, trainer: TrainerView) -> None:
-        with self._going_on():
-            if self._writer is not None:
+        if self._writer is not None:
+            with going_on(self.folder):
                 self._writer.close()
 
-    @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, UnicodeError) as error:  # it wants names in UTF-8
-            self._writer = None
-            log.warning(
-                "TensorBoard's file in %s cannot be written (%s); training goes on without it",
-                self.folder, error,
-            )  # fmt: skip
+
+@contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Go on with a warning where TensorBoard's file in a folder cannot be written."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # it wants names in UTF-8
+        log.warning("TensorBoard's file in %s cannot be written (%s); goes on without it", folder, error)

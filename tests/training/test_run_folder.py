@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lasnn_sj import Callback, DirectEncoder, PoissonEncoder, models
+from lasnn_sj.analysis import inspect
 from lasnn_sj.analysis.report import report
 from lasnn_sj.distillation import CrossEntropy, LabelKD
 from lasnn_sj.runtime import LockError
@@ -334,7 +335,7 @@ def test_a_table_removed_during_the_run_is_written_again(tmp_path, caplog, at):
 def test_tensorboard_that_cannot_write_does_not_stop_a_run(tmp_path, caplog, monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 
-    def fails(*_):
+    def fails(*_, **__):
         raise OSError(28, "No space left on device")
 
     alone = run(tmp_path / "alone")
@@ -342,7 +343,12 @@ def test_tensorboard_that_cannot_write_does_not_stop_a_run(tmp_path, caplog, mon
     disturbed = run(tmp_path / "disturbed")
     assert len(disturbed.history) == 2
     assert same(disturbed, alone)
-    assert "No space left on device); training goes on without it" in caplog.text
+    assert "No space left on device); goes on without it" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(SummaryWriter, "add_hparams", fails)
+    inspect(disturbed, loader())
+    assert (tmp_path / "disturbed" / "inspection.json").exists()
+    assert "No space left on device); goes on without it" in caplog.text
 
 
 def test_a_folder_in_place_of_a_table_or_a_file_in_place_of_the_folder(tmp_path):
