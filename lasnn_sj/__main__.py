@@ -68,8 +68,10 @@ def evaluate(
     """Print the accuracy of trained students on their test data.
 
     Args:
-        run_dir: folder of train, compare, reproduce or the quickstart, or of save_pretrained.
-        rows: which of its students, such as lasnn, hybrid, alone, "sparse 0.3"; the run's own if not given.
+        run_dir: folder of train, compare, reproduce or the quickstart, of a trainer (its run_dir), or of
+            save_pretrained.
+        rows: which of its students, such as lasnn, hybrid, alone, "sparse 0.3", or best and last of a
+            trainer's; the run's own if not given.
         source: data set or .npz file, where the folder does not say.
         root: folder of the data sets, where the folder does not say.
         device: "cpu", "cuda", ...; the run's if not given.
@@ -139,7 +141,8 @@ def export(
     Needs neurons with hard reset, which the networks of reverse distillation have.
 
     Args:
-        run_dir: folder of train, compare, reproduce or the quickstart, or of save_pretrained.
+        run_dir: folder of train, compare, reproduce or the quickstart, of a trainer (its run_dir), or of
+            save_pretrained.
         out: file to write, such as student.nir.
         row: which of its students, the last row's if not given.
         seed: of which seed, the first if not given.

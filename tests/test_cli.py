@@ -11,12 +11,15 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
+from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, data, models
 from lasnn_sj import __main__ as cli
-from lasnn_sj import models
 from lasnn_sj.data.events import Framing
 from lasnn_sj.experiments import config, reverse, runs
 from lasnn_sj.experiments.recipes import Recipe, rathi
+from lasnn_sj.neurons import accelerate
+from lasnn_sj.training import TrainingOptions, load_weights
 
 CONFIGS = sorted(runs.CONFIGS.glob("*.yaml"))
 SIZES = {
@@ -411,8 +414,47 @@ def test_every_folder_that_is_written_can_be_evaluated(trained, tmp_path, capsys
     shutil.copy(folder / "seed3" / "lasnn" / "settings.json", tmp_path / "settings.json")
     for path in ("reproduced", "reverse", "pretrained"):
         shutil.rmtree(tmp_path / path)
-    with pytest.raises(SystemExit, match=r"written by a trainer alone, .*save_pretrained\(FOLDER\) writes"):
+    with pytest.raises(SystemExit, match="has no weights.safetensors: its training is not finished"):
         cli.main(["evaluate", str(tmp_path)])
+
+
+@pytest.mark.parametrize("kind", ["vgg", "poisson", "resnet", "accelerated", "ann"])
+def test_a_trainer_s_folder_can_be_evaluated_and_exported(kind, tmp_path, capsys):
+    digits = data.load("digits").subset(train=100).split(20)
+    train, held = digits.loaders(20)
+    resnet = kind in ("resnet", "accelerated")
+    net = models.spiking_resnet18(10, 1, 8, 0.05) if resnet else models.vgg5(10, 1, 8, 0.1, kind != "ann")
+    encoder = None if kind == "ann" else PoissonEncoder(2) if kind == "poisson" else DirectEncoder(2)
+    options = TrainingOptions(keep_best=kind == "resnet")
+    net = accelerate(net) if kind == "accelerated" else net
+    trainer = LaSNNTrainer(net, encoder=encoder, run_dir=tmp_path, seed=3, options=options)
+    trainer.fit(train, held, epochs=2)
+    cli.main(["evaluate", str(tmp_path), "--source", "digits"])
+    printed = [line.split() for line in lines_of(capsys)[1:]]
+    assert [line[:2] + line[4:] for line in printed] == [
+        ["3", row, "360"] for row in (["last", "best"] if kind == "resnet" else ["last"])
+    ]
+    if kind != "poisson":  # whose spikes are drawn anew
+        again = trainer.evaluate(digits.test_loader(100))
+        assert printed[0][2:4] == [f"{again['top1']:.2f}", f"{again['loss']:.4f}"]
+    if kind == "resnet":
+        load_weights(tmp_path / "best.safetensors", net)
+        assert printed[1][2] == f"{trainer.evaluate(digits.test_loader(100))['top1']:.2f}"
+        cli.main(["export", str(tmp_path), str(tmp_path / "s.nir"), "--row", "last"])
+        assert "last of seed 3, input [1, 8, 8]" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="does not say which data it was trained on; give --source"):
+        cli.main(["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has no first; it has last"):
+        cli.main(["evaluate", str(tmp_path), "first"])
+
+
+def test_a_trainer_s_folder_of_another_network_says_how_to_load_it(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    LaSNNTrainer(net, run_dir=tmp_path).fit(data.load("digits").subset(train=20).loaders(20)[0], epochs=1)
+    with pytest.raises(
+        SystemExit, match=r"Sequential, which no function of lasnn_sj.models built; .*load_we"
+    ):
+        cli.main(["evaluate", str(tmp_path), "--source", "digits"])
 
 
 def test_help_has_no_markup(capsys):

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 
 from .. import models
 from ..analysis.stages import STAGES, place
-from ..data import DirectEncoder, events
+from ..data import DirectEncoder, PoissonEncoder, events
 from ..data import images as data
 from ..neurons import accelerate
 from ..runtime.files import read_json
-from ..training.checkpoint import load_weights
+from ..training.checkpoint import CheckpointError, load_weights
 from ..training.evaluation import evaluate
+from ..training.run_folder import BEST, WEIGHTS
 from . import config, runs
 from .pipeline import build_encoder, converts, to_snn
 from .recipes import Recipe, ReverseRecipe
@@ -65,7 +66,7 @@ def students(
 
     Args:
         folder: of ``lasnn-sj train``, ``compare`` or ``reproduce``, of a ``Pipeline`` or ``ReversePipeline``
-            (the quickstart's), or of ``save_pretrained``.
+            (the quickstart's), of a trainer (its ``run_dir``), or of ``save_pretrained``.
         rows: only these rows.
         source: data set or .npz file, where the folder does not say.
         root: folder of the data sets.
@@ -92,10 +93,7 @@ def students(
         listed = ", ".join(dict.fromkeys(one.row for one in found))
         raise FileNotFoundError(f"{folder} has no finished {', '.join(rows)}; it has {listed}")
     if (folder / "settings.json").is_file():
-        raise config.ConfigError(
-            f"{folder} was written by a trainer alone, and does not say which network and data it had: in "
-            f"Python, trainer.save_pretrained(FOLDER) writes a folder that can be evaluated and exported"
-        )
+        return _of_trainer(folder, rows, source, Path(root))
     raise config.ConfigError(
         f"{folder} has no finished student: no {runs.FILE}, no {ABOUT} down to {DEPTH} levels, no config.json"
     )
@@ -181,14 +179,47 @@ def _load_reverse(
     return net, _encoder(about["encoder"])
 
 
+def _of_trainer(folder: Path, rows: Sequence[str], source: str | None, root: Path) -> list[Student]:
+    """The last and the best weights of a trainer's run folder."""
+    settings = read_json(folder / "settings.json") or {}
+    built = settings.get("architecture")
+    if not built:
+        raise config.ConfigError(
+            f"{folder} holds {settings.get('student', 'a network')}, which no function of lasnn_sj.models "
+            f"built; in Python, lasnn_sj.training.load_weights(FILE, student) gives a network its weights"
+        )
+    files = {"last": folder / WEIGHTS, "best": folder / BEST}
+    there = {row: file for row, file in files.items() if file.is_file()}
+    if not there:
+        raise config.ConfigError(f"{folder} has no {WEIGHTS}: its training is not finished")
+    missing = [row for row in rows if row not in there]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}; it has {', '.join(there)}")
+
+    def load(file: Path, device: str) -> tuple[nn.Module, nn.Module | None]:
+        net = models.create(built["name"], **built["arguments"])
+        try:
+            load_weights(file, net)
+        except CheckpointError:  # its neurons may have been replaced by ours
+            load_weights(file, accelerate(net))
+        return net.to(device), _encoder(settings["encoder"])
+
+    shape = _sample_shape(built["arguments"])
+    test = partial(_named_images, folder, source, root, built["arguments"])
+    return [
+        Student(folder, row, settings.get("seed"), shape, partial(load, file), test)
+        for row, file in there.items() if row in (rows or there)
+    ]  # fmt: skip
+
+
 def _encoder(text: str) -> nn.Module | None:
-    """The encoder that a run described: the same image at each step, or none for event frames."""
+    """The encoder that a run described, or none for event frames and ANNs."""
     if text == "None":
         return None
-    steps = re.fullmatch(r"DirectEncoder\(T=(\d+)\)", text)
-    if steps is None:
+    found = re.fullmatch(r"(Direct|Poisson)Encoder\(T=(\d+)\)", text)
+    if found is None:
         raise config.ConfigError(f"the encoder {text!r} cannot be built from its description")
-    return DirectEncoder(int(steps[1]))
+    return {"Direct": DirectEncoder, "Poisson": PoissonEncoder}[found[1]](int(found[2]))
 
 
 def _test_images(about: dict, folder: Path, source: str | None, root: Path, batch: int) -> DataLoader:
@@ -222,13 +253,20 @@ def _pretrained(folder: Path, source: str | None, root: Path) -> Student:
         net, encoder = models.from_pretrained(folder)
         return net.to(device), encoder
 
-    described = load("cpu")[0].pretrained_config["architecture"]["arguments"]
+    built = load("cpu")[0].pretrained_config["architecture"]["arguments"]
+    test = partial(_named_images, folder, source, root, built)
+    return Student(folder, folder.name, None, _sample_shape(built), load, test)
 
-    def test() -> DataLoader:
-        if source is None:
-            raise config.ConfigError(f"{folder} does not say which data it was trained on; give --source")
-        return _load_images(source, root, described["num_classes"], size, None).test_loader(BATCH)
 
-    size = described.get("image_size", 32)
-    shape = (described.get("in_channels", 3), size, size)
-    return Student(folder, folder.name, None, shape, load, test)
+def _named_images(folder: Path, source: str | None, root: Path, built: dict) -> DataLoader:
+    """Test batches of a data set that the folder does not name."""
+    if source is None:
+        raise config.ConfigError(
+            f"{folder} does not say which data it was trained on; give --source, such as digits"
+        )
+    return _load_images(source, root, built["num_classes"], _sample_shape(built)[1], None).test_loader(BATCH)
+
+
+def _sample_shape(built: dict) -> tuple[int, int, int]:
+    size = built.get("image_size", 32)
+    return (built.get("in_channels", 3), size, size)

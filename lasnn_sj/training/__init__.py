@@ -2,7 +2,7 @@
 
 from ..models.readout import BatchError
 from .callbacks import Callback, TensorBoard
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, load_weights
 from .evaluation import accuracy_over_time, evaluate
 from .lasnn import LaSNNTrainer
 from .nonfinite import NonFiniteError
@@ -20,4 +20,5 @@ __all__ = [
     "TrainingOptions",
     "accuracy_over_time",
     "evaluate",
+    "load_weights",
 ]

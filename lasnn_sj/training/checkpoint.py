@@ -163,14 +163,21 @@ def save_weights(path: Path, net: nn.Module) -> None:
     write(path, safetensors.torch.save({n: unshared(tensor) for n, tensor in net.state_dict().items()}))
 
 
-def load_weights(path: Path, net: nn.Module) -> nn.Module:
-    """Give a network the weights that :func:`save_weights` wrote.
+def load_weights(path: str | Path, net: nn.Module) -> nn.Module:
+    """Give a network the weights of a run: ``weights.safetensors`` or ``best.safetensors`` of its folder.
+
+    Args:
+        path: the file.
+        net: a network of the same architecture; thresholds and leaks come with the weights.
+
+    Returns:
+        The network.
 
     Raises:
         CheckpointError: the file is missing, damaged, or another network's.
     """
     try:
-        net.load_state_dict(safetensors.torch.load(read_regular(path, at_most=1 << 40)))
+        net.load_state_dict(safetensors.torch.load(read_regular(Path(path), at_most=1 << 40)))
     except Exception as error:  # what is damaged raises every kind
         raise CheckpointError(f"weights {path} cannot be used ({_short(error)})") from error
     return net

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..models.readout import BatchError
+from .options import TrainingOptions
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +62,22 @@ def device(given: torch.device | str) -> torch.device:
     return found
 
 
-def run_dir(given: str | Path | None) -> Path | None:
-    """A run folder's path; :class:`ValueError` where there is a file."""
+def run_dir(given: str | Path | None, options: TrainingOptions) -> Path | None:
+    """A run folder's path; :class:`ValueError` where there is a file, or none and one is needed."""
     path = None if given is None else Path(given)
+    if path is None and options.keep_best:
+        raise ValueError("options.keep_best writes best.safetensors to the run folder; give a run_dir")
     if path is not None and path.exists() and not path.is_dir():
         raise ValueError(f"run_dir must be a folder, {path} is a file; give another name")
     return path
 
 
-def loaders(train: Iterable, validation: Iterable | None, scheduler: LRScheduler | None) -> None:
+def loaders(
+    train: Iterable,
+    validation: Iterable | None,
+    scheduler: LRScheduler | None,
+    options: TrainingOptions,
+) -> None:
     """Refuse loaders that cannot be trained with, before anything is done."""
     for name, loader in (("train_loader", train), ("val_loader", validation)):
         if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -95,6 +103,11 @@ def loaders(train: Iterable, validation: Iterable | None, scheduler: LRScheduler
                 f"scheduler is a ReduceLROnPlateau of mode {scheduler.mode!r}, but is stepped with the "
                 f"validation loss; give mode='min'"
             )
+    watching = [name for name in ("keep_best", "patience") if getattr(options, name)]
+    if watching and validation is None:
+        raise ValueError(
+            f"options.{watching[0]} watches {options.monitor}; give fit a val_loader, or leave it out"
+        )
     if validation is not None and _is_empty(validation):
         raise BatchError("val_loader is empty, the evaluation loader gave no batch; give None for none")
 

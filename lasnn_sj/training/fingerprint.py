@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -18,7 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..distillation.features import LateWeights
-from ..runtime import random_state
+from ..distillation.objective import Sum
+from ..runtime import distributed, random_state
+from .options import TrainingOptions
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -54,6 +57,33 @@ def run(trainer: Trainer, train_loader: Iterable) -> dict[str, object]:
         "data": data(train_loader, generators),
         "process_seed": torch.initial_seed(),
     }
+
+
+def settings(trainer: Trainer) -> dict[str, object]:
+    """Settings of a run for people to read; a resumed run must share them."""
+    group = {k: v for k, v in trainer.optimizer.defaults.items() if isinstance(v, (int, float, bool, tuple))}
+    group.pop("fused", None)  # changes how, not what
+    options, defaults = trainer.options, TrainingOptions()
+    later = {
+        name: getattr(options, name)
+        for name in ("precision", "accumulate", "time_chunks", "clip_norm", "on_nonfinite", "keep_best")
+        if getattr(options, name) != getattr(defaults, name)
+    }
+    if options.keep_best:
+        later["monitor"] = options.monitor
+    if distributed.world_size() > 1:
+        later["processes"] = distributed.world_size()
+    return {
+        "student": type(trainer.student).__name__,
+        "architecture": describe(getattr(trainer.student, "architecture", None)),
+        "parameters": sum(p.numel() for p in trainer.student.parameters()),
+        "encoder": repr(trainer.encoder),
+        "objective": sentence(trainer.objective),
+        "readout": trainer.readout,
+        "optimizer": type(trainer.optimizer).__name__,
+        "hyperparameters": json.loads(json.dumps(group)),
+        "seed": trainer.seed,
+    } | later
 
 
 def network(module: nn.Module, *, layers: bool = True, initial: bool = True) -> dict[str, object]:
@@ -175,6 +205,17 @@ def describe(value: object, depth: int = 0) -> object:
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)):
         return f"{value.__module__}.{value.__qualname__}"
     return _fields(value, depth)
+
+
+def sentence(objective: object) -> str:
+    """Text of an objective that is the same in another process."""
+    if isinstance(objective, Sum):
+        return " + ".join(map(sentence, objective.objectives))
+    if type(objective).__repr__ is not object.__repr__ and not isinstance(objective, nn.Module):
+        return repr(objective)
+    public = {k: v for k, v in vars(objective).items() if not k.startswith("_") and k != "training"}
+    shown = ", ".join(f"{name}={public[name]!r}" for name in sorted(public))
+    return f"{type(objective).__name__}({shown})"
 
 
 def _fields(value: object, depth: int) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +39,20 @@ def describe(row: Mapping[str, float]) -> str:
         number = f"{value:.2f} %" if percent else f"{value:.4g}" if isinstance(value, float) else str(value)
         said.append(f"{words} {number}")
     return ", ".join(said)
+
+
+def best_row(history: Sequence[Mapping[str, float]], column: str) -> Mapping[str, float] | None:
+    """The first row with the lowest ``val_loss``, or the highest of another column; rows without it or with
+    NaN do not count, and where there are no others the result is ``None``."""
+    sign = -1 if column == "val_loss" else 1
+    rows = [row for row in history if math.isfinite(row.get(column, math.nan))]
+    return max(rows, key=lambda row: sign * row[column], default=None)
+
+
+def rows_since_best(history: Sequence[Mapping[str, float]], column: str) -> int:
+    """Number of rows that have the column after the best one."""
+    best = best_row(history, column)
+    return sum(column in row for row in history if best is None or row["epoch"] > best["epoch"])
 
 
 class _Mean(MeanMetric):

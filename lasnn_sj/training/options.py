@@ -13,7 +13,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass
 class TrainingOptions:
-    """Precision, memory, gradients and checkpoints of a training run.
+    """Precision, memory, gradients, checkpoints and early stopping of a training run.
 
     The defaults are the same on every device: float32, nothing compiled, whole batches.
 
@@ -34,6 +34,12 @@ class TrainingOptions:
         deterministic: let PyTorch use deterministic algorithms only while ``fit`` runs, so that two runs on
             one GPU are equal to the bit; an operation that has none raises an error. A CPU needs no such
             option.
+        monitor: column of the metrics that ``keep_best`` and ``patience`` watch: ``"val_top1"``, the higher
+            the better, or ``"val_loss"``, the lower the better. Both need a ``val_loader`` in ``fit``.
+        keep_best: write the student's weights to ``best.safetensors`` in the run folder whenever the
+            monitored column is the best so far; of equal epochs the first stays. The student itself goes on
+            with its last weights; :func:`~lasnn_sj.training.load_weights` gives it the best ones.
+        patience: stop after this many validations in a row without a new best; ``None`` never stops early.
 
     Raises:
         ValueError: a value out of range.
@@ -47,6 +53,9 @@ class TrainingOptions:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint_every: int | timedelta = timedelta(minutes=10)
     deterministic: bool = False
+    monitor: Literal["val_top1", "val_loss"] = "val_top1"
+    keep_best: bool = False
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(DTYPES))
@@ -55,6 +64,9 @@ class TrainingOptions:
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_count("accumulate", self.accumulate)
         check_count("time_chunks", self.time_chunks)
+        check_choice("monitor", self.monitor, ("val_top1", "val_loss"))
+        if self.patience is not None:
+            check_count("patience", self.patience)
         if not (isinstance(self.checkpoint_every, timedelta) and self.checkpoint_every > timedelta(0)):
             check_count("checkpoint_every", self.checkpoint_every)
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..runtime import distributed, files, locks
@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 HEAD = ["step", "epoch", "lr", "loss"]  # first columns of steps.csv
 VERSIONS = {"lasnn_sj": __version__, "torch": torch.__version__}
 # Settings that the fingerprint has in more detail.
-SAID_TWICE = {"student", "parameters", "encoder", "objective", "optimizer", "hyperparameters"}
+SAID_TWICE = {
+    "student", "architecture", "parameters", "encoder", "objective", "optimizer", "hyperparameters"
+}  # fmt: skip
+WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
 FLUSH = 200  # steps whose rows are written together
 
 
@@ -55,7 +58,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir must be a folder, {self.path} is a file; give another name")
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoints", "metrics.csv", "steps.csv", "tensorboard", "nonfinite"):
+        for name in ("checkpoints", "metrics.csv", "steps.csv", "tensorboard", "nonfinite", WEIGHTS, BEST):
             if files.inside(self.path, name).is_dir() and name.endswith(".csv"):
                 raise ValueError(f"{self.path / name} is a folder where a table belongs; move it away")
 
@@ -155,6 +158,23 @@ class RunFolder:
             self._lock.check()
             checkpoint.save(self.path / "checkpoints", step, weights, state)
         self._saved = monotonic()
+
+    def write_weights(self, name: str, student: nn.Module) -> None:
+        """Write the student's weights as a file in the folder.
+
+        Raises:
+            checkpoint.CheckpointError: it could not be written; the file that was there is intact.
+        """
+        if not distributed.is_main():
+            return
+        self._lock.check()
+        try:
+            checkpoint.save_weights(self.path / name, student)
+        except OSError as error:
+            raise checkpoint.CheckpointError(
+                f"weights {self.path / name} could not be written ({error}); make room there, or give the "
+                f"right to write, and start the same run again to go on"
+            ) from error
 
     def add_step(self, step: int, epoch: int, lr: float, parts: Mapping[str, Tensor]) -> None:
         """A row of ``steps.csv``; written later, so that nobody waits for the device."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,13 +12,12 @@ from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..distillation.objective import CrossEntropy, Objective, Sum, own_parameters, trained_modules
+from ..distillation.objective import CrossEntropy, Objective, own_parameters, trained_modules
 from ..models.readout import BatchError, resolve_readout
 from ..runtime import distributed
 from ..runtime.progress import progress_bar
@@ -29,12 +26,12 @@ from . import checks, fingerprint, nonfinite
 from .callbacks import Callback, TensorBoard
 from .dataloader import Batch, TrainingBatches
 from .evaluation import check_batch, check_labels, device_of, evaluate
-from .forward import refuse_batch_norm
-from .metrics import EpochMetrics, describe
+from .forward import place, refuse_batch_norm
+from .metrics import EpochMetrics, best_row, describe, rows_since_best
 from .nonfinite import NonFiniteError
 from .options import TrainingOptions, check_choice, check_count
 from .precision import MixedPrecision
-from .run_folder import RunFolder
+from .run_folder import BEST, WEIGHTS, RunFolder
 from .signals import Stopped, StopRequest, outlasting
 from .state import Epoch, Progress
 from .step import StepResult, TrainingStep
@@ -103,12 +100,12 @@ class Trainer:
             log.warning("precision='float16' is slower than 'float32' on a CPU, many times; give 'bfloat16'")
         self.student, self.teacher, self.encoder = student, teacher, encoder
         self.readout = resolve_readout(student, readout)
-        self.run_dir = checks.run_dir(run_dir)
+        self.run_dir = checks.run_dir(run_dir, self.options)
         self.seed, self.callbacks, self.epochs = seed, list(callbacks), 1
         own = dict(trained_modules(self.objective))
         for module in (student, teacher, encoder, *own.values()):
             if module is not None:
-                _place(module, self.device)
+                place(module, self.device)
         if teacher is not None:
             if teacher.training:
                 log.warning("the teacher was in training mode; it is used in evaluation mode")
@@ -176,7 +173,7 @@ class Trainer:
         """
         check_count("validate_every", validate_every)
         check_count("epochs", epochs)
-        checks.loaders(train_loader, val_loader, self.scheduler)
+        checks.loaders(train_loader, val_loader, self.scheduler, self.options)
         self.epochs = epochs
         with ExitStack() as ending:
             ending.enter_context(deterministic_algorithms(self.options.deterministic))
@@ -189,9 +186,10 @@ class Trainer:
                 self._fingerprint = self._fingerprint or fingerprint.run(self, train_loader)
                 self._folder.check_settings(self.settings(), self._fingerprint)
             self.progress.resume(self._folder)
-            if len(self.history) >= epochs:
+            if len(self.history) >= epochs or self._is_over():
                 where = "" if self.run_dir is None else f" in {self.run_dir}"
-                log.warning("the run%s has its %d epochs already; nothing was trained", where, self.epoch)
+                how = "has its %d epochs already" if self.epoch >= epochs else "stopped early after epoch %d"
+                log.warning(f"the run%s {how}; nothing was trained", where, self.epoch)
                 return self.history
             self.progress.seed(self.seed)
             callbacks = self._callbacks()
@@ -217,9 +215,17 @@ class Trainer:
                         for callback in callbacks:
                             callback.on_validation(self, result)
                     self._finish_epoch(row, callbacks)
+                    if self._is_over():
+                        break
+            self._end()
             if distributed.any_of([stop.signal is not None], self.device)[0]:
                 stop.leave()
         return self.history
+
+    @property
+    def best(self) -> Mapping[str, float] | None:
+        """The row of :attr:`history` that is best by ``options.monitor``, ``None`` before a validation."""
+        return best_row(self.history, self.options.monitor)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Run one training step on a batch that lies on the device; the results are detached.
@@ -402,9 +408,28 @@ class Trainer:
         self.progress.finish(row)
         for callback in callbacks:
             callback.on_epoch(self, row)
+        if self.options.keep_best and self.best is row:  # before the checkpoint: a killed run comes by again
+            self._folder.write_weights(BEST, self.student)
         if self._folder is not None:
             self.progress.save(self._folder)
             self._folder.write_history(self.history)
+
+    def _is_over(self) -> bool:
+        """Return whether patience has ended."""
+        patience = self.options.patience
+        return patience is not None and rows_since_best(self.history, self.options.monitor) >= patience
+
+    def _end(self) -> None:
+        """Write the last weights, and say which epoch was the best where that is watched."""
+        options = self.options
+        if self._folder is not None:
+            self._folder.write_weights(WEIGHTS, self.student)
+        if self._is_over():
+            log.info("stopped early: no better epoch in %d validations", options.patience)
+        if self.best is not None and (options.keep_best or options.patience):
+            value = describe({options.monitor: self.best[options.monitor]})
+            kept = f", weights in {self.run_dir / BEST}" if options.keep_best else ""
+            log.info("best epoch %d: %s%s", self.best["epoch"], value, kept)
 
     def _callbacks(self) -> list[Callback]:
         if not distributed.is_main():
@@ -417,37 +442,7 @@ class Trainer:
 
     def settings(self) -> dict[str, object]:
         """Settings that a resumed run must share with the run that wrote the folder."""
-        group = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, tuple))}
-        group.pop("fused", None)  # changes how, not what
-        options, defaults = self.options, TrainingOptions()
-        later = {
-            name: getattr(options, name)
-            for name in ("precision", "accumulate", "time_chunks", "clip_norm", "on_nonfinite")
-            if getattr(options, name) != getattr(defaults, name)
-        }
-        if distributed.world_size() > 1:
-            later["processes"] = distributed.world_size()
-        return {
-            "student": type(self.student).__name__,
-            "parameters": sum(p.numel() for p in self.student.parameters()),
-            "encoder": repr(self.encoder),
-            "objective": _described(self.objective),
-            "readout": self.readout,
-            "optimizer": type(self.optimizer).__name__,
-            "hyperparameters": json.loads(json.dumps(group)),
-            "seed": self.seed,
-        } | later
-
-
-def _described(objective: object) -> str:
-    """Text of an objective that is the same in another process."""
-    if isinstance(objective, Sum):
-        return " + ".join(map(_described, objective.objectives))
-    if type(objective).__repr__ is not object.__repr__ and not isinstance(objective, nn.Module):
-        return repr(objective)
-    public = {k: v for k, v in vars(objective).items() if not k.startswith("_") and k != "training"}
-    shown = ", ".join(f"{name}={public[name]!r}" for name in sorted(public))
-    return f"{type(objective).__name__}({shown})"
+        return fingerprint.settings(self)
 
 
 def _add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -456,13 +451,3 @@ def _add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> No
     missing = [p for p in parameters if id(p) not in known]
     if missing:
         optimizer.add_param_group({"params": missing})
-
-
-def _place(module: nn.Module, device: torch.device) -> None:
-    """Bring a network to a device; its convolutions' weights in the order in which they are faster."""
-    module.to(device)
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if (
-            not is_lazy(tensor) and tensor.dim() == 4
-        ):  # module.to does so too, but refuses a tensor of five dimensions
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
