@@ -38,7 +38,7 @@ def initialise(device: torch.device) -> torch.device:
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
         atexit.register(_leave)
         if dist.get_rank() > 0:  # each message once
-            logging.getLogger(__package__).setLevel(logging.WARNING)
+            logging.getLogger(__package__.partition(".")[0]).setLevel(logging.WARNING)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device

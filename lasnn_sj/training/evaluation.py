@@ -107,7 +107,7 @@ def evaluate(
                 scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, by_step)
             functional.reset_net(model)
             if silent(fired):
-                warn_of_silence(silent(fired), len(labels))
+                warn_of_silence(silent(fired), len(labels), model)
             check_labels(labels, scores.shape[1], where)
             labels = labels.to(device)
             if over_time:

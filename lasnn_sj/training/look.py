@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distillation.objective import Look, Needs, needs_of
 from ..models.readout import BatchError, class_scores
-from .silence import silent, warn_of_silence, watched
+from .silence import batch_norms, silent, warn_of_silence, watched
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -66,13 +66,30 @@ def _name_silent(trainer: Trainer, images: Tensor, axis: int) -> None:
     """Warn of layers that are silent on more samples too."""
     state, samples = trainer.progress.random_state(), min(FIRST, images.shape[axis])
     images = images.narrow(axis, 0, samples)
-    with watched(trainer.student) as fired:
+    with watched(trainer.student) as fired, _statistics_of_the_batch(trainer.student):
         outputs = trainer.student(images if trainer.encoder is None else trainer.encoder(images))
     functional.reset_net(trainer.student)
     trainer.progress.set_random_state(state)
     names = silent(fired) + ([] if bool(outputs.any()) else ["the output"])
     if names:
-        warn_of_silence(names, samples)
+        warn_of_silence(names, samples, trainer.student)
+
+
+@contextmanager
+def _statistics_of_the_batch(student: nn.Module) -> Iterator[None]:
+    """Let batch norm use the batch, as in training; its running statistics stay as they are."""
+    norms = batch_norms(student)
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    modes = [norm.training for norm in norms]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, modes):
+            norm.train(mode)
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _check_memory(trainer: Trainer, small: Tensor, state: dict, outputs: Tensor) -> None:

@@ -41,12 +41,18 @@ def silent(fired: dict[str, bool]) -> list[str]:
     return [name for name, any_ in fired.items() if not any_]
 
 
-def warn_of_silence(names: list[str], samples: int) -> None:
+def warn_of_silence(names: list[str], samples: int, student: nn.Module) -> None:
     """Name layers that do not fire, and what would do."""
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    log.warning(
-        "no spike on the first %d samples in %s: nothing passes and nothing is learned there; lower "
-        "v_threshold, balance the thresholds of a converted ANN (lasnn_sj.conversion), or add batch norm",
-        samples,
-        shown,
+    remedy = (
+        "; lower v_threshold, or, after the first steps, train on: batch norm's running averages lag behind"
+        if batch_norms(student)
+        else " and nothing is learned there; lower v_threshold, balance the thresholds of a converted ANN "
+        "(lasnn_sj.conversion), or add batch norm"
     )
+    log.warning("no spike on the first %d samples in %s: nothing passes%s", samples, shown, remedy)
+
+
+def batch_norms(student: nn.Module) -> list[nn.Module]:
+    """Layers that normalise over the batch."""
+    return [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

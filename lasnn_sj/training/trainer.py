@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..distillation.objective import CrossEntropy, Objective, own_parameters, trained_modules
 from ..models.readout import BatchError, resolve_readout
@@ -24,6 +23,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.random_state import deterministic_algorithms
 from . import checks, fingerprint, nonfinite
 from .callbacks import Callback, TensorBoard
+from .console import lines_shown
 from .dataloader import Batch, TrainingBatches
 from .evaluation import check_batch, check_labels, device_of, evaluate
 from .forward import place, refuse_batch_norm
@@ -175,7 +175,7 @@ class Trainer:
         check_count("epochs", epochs)
         checks.loaders(train_loader, val_loader, self.scheduler, self.options)
         self.epochs = epochs
-        with ExitStack() as ending:
+        with lines_shown(), ExitStack() as ending:
             ending.enter_context(deterministic_algorithms(self.options.deterministic))
             if self.run_dir is not None:
                 self._folder = ending.enter_context(RunFolder(self.run_dir, self.options.checkpoint_every))
@@ -205,7 +205,7 @@ class Trainer:
                 ending.callback(callback.on_fit_end, self)
             self.progress.set_random_state(before)
             ending.callback(self._step.close)
-            with bar, logging_redirect_tqdm(), stop if self._folder is not None else nullcontext():
+            with bar, stop if self._folder is not None else nullcontext():
                 for epoch in range(len(self.history) + 1, epochs + 1):
                     bar.set_description(f"epoch {epoch}/{epochs}")
                     row = self._train_epoch(batches, self.progress.begin(epoch), bar, stop, callbacks)
@@ -404,7 +404,8 @@ class Trainer:
                 self.scheduler.step(row["val_loss"])
         elif self.scheduler is not None:
             self.scheduler.step()
-        log.info(describe(row))
+        where = "" if self.run_dir is None else f"{'/'.join(self.run_dir.parts[-2:])}: "
+        log.info("%s%s", where, describe(row))
         self.progress.finish(row)
         for callback in callbacks:
             callback.on_epoch(self, row)

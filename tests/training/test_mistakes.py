@@ -288,6 +288,20 @@ def test_it_is_said_in_a_warning(mistake, caplog):
     assert len(found) == 1
 
 
+def test_a_fresh_network_with_batch_norm_is_not_called_silent(caplog):
+    """By its first running averages it would be; training uses the batch's own."""
+    net = models.spiking_resnet18(K, 1, 8, 0.1)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    trainer = Trainer(net, encoder=DirectEncoder(2))
+    trainer.prepare(images(32), torch.arange(32) % K)
+    assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    evaluate(net, loader(), DirectEncoder(2))
+    assert re.search(
+        "nothing passes; lower v_threshold, or, after the first steps, train on: batch norm's", caplog.text
+    )
+
+
 def test_nothing_is_said_where_nothing_is_wrong(caplog):
     """A teacher from another device is brought along; frames [T, N, ...] with N = T are right."""
     fit(teacher=teacher(), val=loader(), **KD)

@@ -1,0 +1,39 @@
+"""Log lines of training on the console, beside the progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+LOGGER = logging.getLogger(__package__.partition(".")[0])
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def lines_shown() -> Iterator[None]:
+    """Write this package's log lines to the console where the program has not set up logging itself.
+
+    Where it has, its own handlers write them; those that write to the console do so above the progress bar.
+    """
+    if LOGGER.hasHandlers():
+        with logging_redirect_tqdm():
+            yield
+        return
+    handler, level = _Lines(), LOGGER.level
+    LOGGER.addHandler(handler)
+    if level == logging.NOTSET:
+        LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
