@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,3 +70,8 @@ def place(kind: str) -> tuple[int, str]:
     """Sort key of folders in the order of the tables."""
     name = kind if kind in ORDER else kind.partition("_")[0]
     return ORDER.index(name) if name in ORDER else len(ORDER), kind
+
+
+def folder_name(row: str) -> str:
+    """Name of a row's folder: letters, digits, points and dashes, anything else as underscores."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", row).strip("_")

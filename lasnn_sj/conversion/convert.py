@@ -79,6 +79,8 @@ def check_convertible(ann: nn.Module, normalized: bool = False) -> None:
         ann: the network.
         normalized: allow batch norm, biases, and layers without a multi-step form.
     """
+    if not isinstance(ann, nn.Module):
+        raise ConversionError(f"ann must be a network (torch.nn.Module), got {ann!r}")
     relus: dict[nn.Module, str] = {}
     for name, module in ann.named_modules(remove_duplicate=False):
         where = f"layer '{name}' ({type(module).__name__})"
@@ -202,6 +204,11 @@ def balance_thresholds(
         raise ValueError(f"scale must be a positive number, got {scale}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 time step, got {chunk}")
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images must be one batch [N, C, H, W], got a {type(images).__name__}; of a loader give the "
+            f"images of next(iter(loader))"
+        )
     if images.dim() < 2 or len(images) < 1:
         raise ValueError(
             f"images must be a batch [N, ...] with at least one image, got shape {tuple(images.shape)}"

@@ -173,6 +173,8 @@ class Sum(Objective):
         flat = (one.objectives if isinstance(one, Sum) else (one,) for one in objectives)
         self.objectives = tuple(each for group in flat for each in group)
         for one in self.objectives:
+            if isinstance(one, type):
+                raise TypeError(f"an objective is the class {one.__name__}; give {one.__name__}(...)")
             if not callable(one):
                 raise TypeError(f"an objective must be callable with signals, got {one!r}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..analysis.stages import folder_name
 from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
 from ..runtime.files import check_settings
@@ -140,8 +140,3 @@ class Runner:
 
     def _test(self, batch: int) -> DataLoader:
         return self.data.test_loader(batch, self.recipe.workers)
-
-
-def folder_name(row: str) -> str:
-    """Name of a row's folder: letters, digits, points and dashes, anything else as underscores."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", row).strip("_")

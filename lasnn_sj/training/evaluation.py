@@ -17,6 +17,7 @@ from ..data.late_checks import require
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed
 from ..runtime.progress import progress_bar
+from . import checks
 from .dataloader import evaluation_share
 from .silence import silent, warn_of_silence, watched
 
@@ -85,6 +86,7 @@ def evaluate(
         ValueError: ``over_time`` or ``early_exit`` for a network that gives no scores of single steps, or a
             threshold outside [0, 1].
     """
+    checks.no_data_set("loader", loader)
     device = torch.device(device) if device is not None else device_of(model)
     readout = resolve_readout(model, readout)
     thresholds = [early_exit] if isinstance(early_exit, (int, float)) else list(early_exit or ())
@@ -103,8 +105,16 @@ def evaluate(
             where = f"evaluation batch {index}"
             images, labels = check_batch(batch, where)
             images = images.to(device, non_blocking=True)
+            if index == 0:
+                checks.brightness(encoder, images)
             with nullcontext({}) if index else watched(model) as fired:
-                scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, by_step)
+                try:
+                    scores, steps = _scores(model, images, len(labels), encoder, readout, chunk, by_step)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except (RuntimeError, IndexError, AssertionError) as error:
+                    hints = checks.hints(model, encoder, images, batch_axis(images, labels))
+                    raise BatchError(f"{where}: {str(error).partition(chr(10))[0]}{hints}") from error
             functional.reset_net(model)
             if silent(fired):
                 warn_of_silence(silent(fired), len(labels), model)

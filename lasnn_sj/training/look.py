@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..distillation.objective import Look, Needs, needs_of
 from ..models.readout import BatchError, class_scores
+from . import checks
 from .silence import batch_norms, silent, warn_of_silence, watched
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BRIGHTEST = 32.0  # of images that an encoder takes; normalised ones end at about 3
 FIRST = 32  # samples that a layer may be silent on
 
 
@@ -38,12 +38,7 @@ def look_at(trainer: Trainer, images: Tensor, axis: int) -> tuple[Look, Needs]:
     """
     student, teacher, encoder = trainer.student, trainer.teacher, trainer.encoder
     small = images.narrow(axis, 0, min(2, images.shape[axis]))
-    if encoder is not None and small.is_floating_point() and float(small.abs().amax()) > BRIGHTEST:
-        log.warning(
-            "images reach %g, networks take pixels in [-1, 1]; divide by 127.5 and subtract 1, or give the "
-            "data set lasnn_sj.data.transforms",
-            float(small.abs().amax()),
-        )
+    checks.brightness(encoder, small)
     state = trainer.progress.random_state()
     encoded = small if encoder is None else encoder(small)
     with watched(student) as fired, _single_steps(student, encoded):
@@ -53,7 +48,7 @@ def look_at(trainer: Trainer, images: Tensor, axis: int) -> tuple[Look, Needs]:
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            raise BatchError(f"{_first_line(error)}{_hints(trainer, images, axis)}") from error
+            raise BatchError(f"{_first_line(error)}{checks.hints(student, encoder, images, axis)}") from error
     functional.reset_net(student)
     _check_memory(trainer, small, state, outputs)
     if silent(fired) or not bool(scores.any()):
@@ -143,22 +138,6 @@ def _is_single_step(module: nn.Module) -> bool:
     if not isinstance(module, base.MemoryModule) or module.step_mode != "s":
         return False
     return sum(isinstance(part, base.MemoryModule) for part in module.modules()) == 1
-
-
-def _hints(trainer: Trainer, images: Tensor, axis: int) -> str:
-    """Suggest a remedy for a batch that the student cannot take."""
-    shape, hints = tuple(images.shape), [f"; the batch is {tuple(images.shape)}"]
-    single = [n for n, m in trainer.student.named_modules() if getattr(m, "step_mode", "m") == "s"]
-    spiking = any(isinstance(module, base.MemoryModule) for module in trainer.student.modules())
-    if images.dim() == 4 and shape[3] <= 4 < shape[1] == shape[2]:
-        hints.append("images look like [N, H, W, C], give [N, C, H, W]: images.permute(0, 3, 1, 2)")
-    elif trainer.encoder is None and images.dim() == 5 and axis == 0:
-        hints.append("frames look like [N, T, C, H, W], give [T, N, C, H, W]: images.transpose(0, 1)")
-    elif trainer.encoder is None and spiking and images.dim() <= 4:
-        hints.append("a spiking student takes [T, N, ...]: give the trainer encoder=DirectEncoder(T)")
-    elif single and trainer.encoder is not None:
-        hints.append(f"{single[0]} is in single-step mode: call functional.set_step_mode(student, 'm')")
-    return "; ".join(hints)
 
 
 def _needs(trainer: Trainer, look: Look) -> Needs:

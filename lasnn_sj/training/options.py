@@ -69,7 +69,9 @@ class TrainingOptions:
             check_count("patience", self.patience)
         if not (isinstance(self.checkpoint_every, timedelta) and self.checkpoint_every > timedelta(0)):
             check_count("checkpoint_every", self.checkpoint_every)
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not (
+            isinstance(self.clip_norm, (int, float)) and self.clip_norm > 0
+        ):
             raise ValueError(f"clip_norm must be above 0, or None, got {self.clip_norm!r}")
 
 

@@ -57,7 +57,12 @@ class RunFolder:
     def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir must be a folder, {self.path} is a file; give another name")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"run_dir {self.path} cannot be made ({error}); give a folder elsewhere"
+            ) from error
         for name in ("checkpoints", "metrics.csv", "steps.csv", "tensorboard", "nonfinite", WEIGHTS, BEST):
             if files.inside(self.path, name).is_dir() and name.endswith(".csv"):
                 raise ValueError(f"{self.path / name} is a folder where a table belongs; move it away")

@@ -86,6 +86,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         checks.networks(student, teacher, encoder)
+        checks.settings(optimizer, scheduler, options, callbacks, seed)
         self.objective = CrossEntropy() if objective is None else objective
         self.options = TrainingOptions() if options is None else options
         checks.teacher(teacher, self.objective)

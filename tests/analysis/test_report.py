@@ -268,7 +268,7 @@ def test_seeds_are_averaged_and_other_recipes_compared(tmp_path, inspected, undr
     page = Page(report(tmp_path / "table"))
     table = page.table("Results on the test data, mean ± deviation of 2 seeds")
     assert table["LaSNN"]["accuracy, %"] == "69.75 ± 1.41"  # 68.75 and 70.75
-    assert table["LaSNN"]["points over ANN"] == "-1.50"  # both seeds
+    assert table["LaSNN"]["points over ANN, 95 % interval"] == "-1.50"  # both seeds
     more = page.table("Cross-entropy, time, memory and single runs")["LaSNN"]
     assert (more["accuracy of seed0, %"], more["accuracy of seed1, %"]) == ("68.75", "70.75")
     assert page.table("Recipe")["seed ≠"] == {"seed0": "0", "seed1": "1"}
@@ -491,28 +491,67 @@ def test_layers_that_never_fire_are_named(tmp_path, inspected, undrawn):
     assert f"Layers that never fire. LaSNN: {found['layers'][1]['name']}" in " ".join(page.text.split())
 
 
-def test_a_comparison_has_its_shared_networks_and_its_baseline(tmp_path, undrawn):
-    write(tmp_path / "comparison.json", {})
+ROWS = {"plain training": "CrossEntropy()", "KD + maps": "LabelKD() + Attention('activation')",
+        "KD": "LabelKD()"}  # fmt: skip
+
+
+def make_comparison(folder, judge="test", rows=ROWS, plain=60.0):
+    """Two seeds of a comparison with their shared networks; rows are in no order of the alphabet."""
+    write(folder / "comparison.json", {})
+    about = {"method": "compare", "rows": rows, "baseline": "plain training", "judge": judge}
+    write(folder / "config.yaml", json.dumps(about))
     for stage, top1 in (("teacher", 90.0), ("ann", 80.0)):
-        write(tmp_path / "shared" / stage / "result.json", {"top1": top1})
-    write(tmp_path / "shared" / "recipe.json", {"seed": 0})
+        write(folder / "shared" / stage / "result.json", {"top1": top1})
+    write(folder / "shared" / "recipe.json", {"seed": 0})
     for seed in (0, 1):
-        folder = tmp_path / f"seed{seed}"
-        write(folder / "recipe.json", {"seed": seed})
-        write(folder / "converted" / "weights.safetensors", "x")
-        for row, objective, top1 in (
-            ("plain_training", "CrossEntropy()", 60.0), ("with_KD", "LabelKD()", 62.0 + seed),
-        ):  # fmt: skip
-            write(folder / row / "result.json", {"top1": top1})
-            write(folder / row / "objective.json", {"objective": objective})
+        run = folder / f"seed{seed}"
+        write(run / "recipe.json", {"seed": seed})
+        write(run / "converted" / "weights.safetensors", "x")
+        write(run / "start" / "result.json", {"top1": 20.0})
+        for name, top1 in (("plain_training", plain), ("KD_maps", 63.0 + 2 * seed), ("KD", 62.0)):
+            write(run / name / "result.json", {"top1": top1})
+            write(run / name / "objective.json", {"objective": "..."})
+    return folder
+
+
+def test_a_comparison_has_its_shared_networks_and_its_rows_by_name(tmp_path, undrawn):
+    make_comparison(tmp_path)
     page = Page(report(tmp_path))
     table = page.table("Results on the test data, mean ± deviation of 2 seeds")
-    assert list(table) == ["teacher", "intermediate ANN", "hybrid (CE only)", "with KD"]
+    assert list(table) == ["teacher", "intermediate ANN", "start (not trained)", *ROWS]
     assert table["teacher"]["accuracy, %"] == "90.00"
-    assert table["with KD"]["points over hybrid"] == "+2.50 ± 0.71"
-    assert table["with KD"]["points over ANN"] == "-17.50 ± 0.71"
-    assert "With KD reaches 62.50 % accuracy, 2.50 points above hybrid training" in page.text
+    assert table["KD + maps"]["accuracy, %"] == "64.00 ± 1.41"
+    # half the interval: t = 12.706 for one degree of freedom, deviation 1.414, two seeds
+    assert table["KD + maps"]["points over plain training, 95 % interval"] == "+4.00 ± 12.71"
+    assert table["KD"]["points over ANN, 95 % interval"] == "-18.00"
+    assert "KD + maps reaches 64.00 % accuracy, 4.00 points above plain training" in page.text
+    assert "points over plain training, 95 % interval" in page.text
     assert "What is missing" not in page.text
+
+
+def test_one_seed_of_a_comparison_has_its_rows_names_too(tmp_path, undrawn):
+    make_comparison(tmp_path / "study")
+    page = Page(report(tmp_path / "study" / "seed1"))
+    table = page.table("Results on the test data")
+    assert list(table) == ["start (not trained)", *ROWS]
+    assert table["KD + maps"]["points over plain training"] == "+5.00"
+    assert page.title == "study, seed 1"
+
+
+def test_a_comparison_on_validation_images_does_not_say_test(tmp_path, undrawn):
+    make_comparison(tmp_path, judge="validation")
+    page = Page(report(tmp_path))
+    assert page.table("Results on the validation data, mean ± deviation of 2 seeds")
+    assert "The best of 2 on these validation data." in page.text
+    assert "test data" not in page.text
+
+
+def test_a_comparison_with_a_damaged_configuration_has_its_folders_names(tmp_path, undrawn):
+    make_comparison(tmp_path)
+    (tmp_path / "config.yaml").write_text("rows: [")
+    page = Page(report(tmp_path))
+    assert "KD_maps" in page.table("Results on the test data, mean ± deviation of 2 seeds")
+    assert "config.yaml is damaged" in page.text
 
 
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):

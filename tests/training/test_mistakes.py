@@ -10,8 +10,9 @@ from spikingjelly.activation_based import base, functional, layer, neuron, surro
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
-from lasnn_sj.distillation import LabelKD
+from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj.conversion import balance_thresholds, convert
+from lasnn_sj.distillation import CrossEntropy, LabelKD
 from lasnn_sj.training import Trainer, TrainingOptions, evaluate
 
 K, T, N = 4, 4, 8
@@ -117,6 +118,10 @@ def plateau(**arguments):
     )
 
 
+def itself(net):
+    return fit(net, teacher=net, **KD)
+
+
 KD = {"objective": LabelKD()}
 ERRORS = {
     "images in NHWC": (
@@ -216,6 +221,69 @@ ERRORS = {
         lambda: fit(data=NeverTouched(), val=DataLoader(TensorDataset(images(0), torch.arange(0)))),
         "val_loader is empty, the evaluation loader gave no batch; give None for none",
     ),
+    "NHWC, evaluated": (
+        lambda: evaluate(student(), loader(images(shape=(8, 8, 1))), DirectEncoder(T)),
+        r"evaluation batch 0: .*the batch is \(8, 8, 8, 1\); images look like .N, H, W, C.",
+    ),
+    "float64 images": (
+        lambda: fit(data=loader(images().double())),
+        r"it is torch.float64, the network's weights are torch.float32: give images.to\(torch.float32\)",
+    ),
+    "an encoder before an ANN": (
+        lambda: fit(models.conv3_linear2(K, 1, 8, 0.1, spiking=False)),
+        "the network is an ANN, which has no time steps: leave the encoder out",
+    ),
+    "images of another size": (
+        lambda: fit(models.conv3_linear2(K, 1, 16, 0.1)),
+        "the network was built for in_channels=1, image_size=16",
+    ),
+    "a data set, evaluated": (
+        lambda: evaluate(student(), loader().dataset, DirectEncoder(T)),
+        r"loader is a data set \(TensorDataset\), not a loader of batches",
+    ),
+    "no training loader": (
+        lambda: Trainer(student(), encoder=DirectEncoder(T)).fit(None),
+        "train_loader must give batches, got NoneType; give a DataLoader",
+    ),
+    "the student as its own teacher": (
+        lambda: itself(student()), r"teacher and student are one network, .*give a copy, teacher=copy.deepc"
+    ),
+    "objective given as class": (
+        lambda: fit(objective=LabelKD, teacher=teacher()), r"objective is the class LabelKD; give objective=L"
+    ),
+    "objective given as a name": (
+        lambda: fit(objective="kd"), r"objective must be callable with signals, got 'kd'; give one of"
+    ),
+    "optimizer given as class": (
+        lambda: Trainer(student(), optimizer=torch.optim.Adam),
+        r"optimizer must be an object such as torch.optim.Adam\(student.parameters\(\), lr=1e-4\), got the",
+    ),
+    "optimizer given as a name": (
+        lambda: Trainer(student(), optimizer="adam"), "optimizer must be an object such as .*, got 'adam'"
+    ),
+    "scheduler given as class": (
+        lambda: Trainer(student(), scheduler=torch.optim.lr_scheduler.StepLR),
+        "scheduler must be an object such as .*, got the class StepLR",
+    ),
+    "options given as a dict": (
+        lambda: fit(options={"precision": "bfloat16"}), "options must be an object such as TrainingOptions"
+    ),
+    "one callback": (lambda: fit(callbacks=Callback()), r"callbacks must be a list of objects, such as"),
+    "a callback's class": (lambda: fit(callbacks=[Callback]), "callbacks must be a list of objects"),
+    "a seed in quotes": (lambda: fit(seed="0"), "seed must be a whole number or None, got '0'"),
+    "lr = nan": (
+        lambda: fit(optimizer=lambda p: torch.optim.SGD(p, float("nan"))),
+        "optimizer has lr = nan, which is not finite; give a learning rate above 0",
+    ),
+    "a loader in place of images": (
+        lambda: balance_thresholds(models.conv3_linear2(K, 1, 8, 0.1), loader(), DirectEncoder(T)),
+        r"images must be one batch .N, C, H, W., got a DataLoader; of a loader give the images of next",
+    ),
+    "a name in place of an ANN": (lambda: convert("vgg9"), "ann must be a network .*, got 'vgg9'"),
+    "a run_dir that cannot be made": (
+        lambda: fit(run_dir="/proc/run"), "run_dir /proc/run cannot be made .*; give a folder elsewhere"
+    ),
+    "clip_norm in quotes": (lambda: TrainingOptions(clip_norm="1"), "clip_norm must be above 0, or None"),
     "an unknown precision": (lambda: TrainingOptions(precision="half"), 'precision must be "float32", '),
 }  # fmt: skip
 
@@ -235,6 +303,11 @@ def test_it_ends_in_one_sentence(mistake):
     assert "\n" not in str(error.value)
 
 
+def test_an_objective_s_class_in_a_sum():
+    with pytest.raises(TypeError, match=r"an objective is the class LabelKD; give LabelKD\(...\)"):
+        CrossEntropy() + LabelKD
+
+
 def test_a_run_dir_that_is_a_file(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="run_dir must be a folder, .*run is a file; give another name"):
@@ -249,6 +322,9 @@ WARNINGS = {
     "0..255 with direct input": (
         lambda: fit(data=loader((images() + 1) * 127)),
         r"images reach \d+.*, networks take pixels in .-1, 1.; divide by 127.5 and subtract 1",
+    ),
+    "0..255 with direct input, evaluated": (
+        lambda: evaluate(student(), loader((images() + 1) * 127), DirectEncoder(T)), r"images reach \d+",
     ),
     "a network that keeps its state": (
         lambda: fit(KeepsState(), encoder=DirectEncoder(T)),

@@ -21,7 +21,9 @@ from .series import (
     energy_text,
     exits,
     file_name,
+    gain_text,
     gains,
+    judged_on,
     last_validation,
     operation,
     over_time,
@@ -32,8 +34,11 @@ from .series import (
     top1,
     total,
 )
+from .series import (
+    name_of as name_of_kind,
+)
 
-AGAINST = {"ann": "ANN", "hybrid": "hybrid", "alone": "student alone"}
+AGAINST = ("ann", *BASELINES)
 Column = tuple[str, Callable[[Series], str]]
 
 
@@ -50,9 +55,12 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
         ("accuracy, %", of(top1, ".2f")),
         ("not finished; last validation accuracy, %", of(last_validation, ".2f")),
     ]
-    for against, title in AGAINST.items():
+    for against in AGAINST:
         if against in kinds:
-            columns.append((f"points over {title}", lambda line, a=against: spread(gains(line, a), "+.2f")))
+            title = f"points over {name_of_kind(series, against)}"
+            if any(len(gains(line, against)) > 1 for line in series):
+                title += ", 95 % interval"
+            columns.append((title, lambda line, a=against: gain_text(gains(line, a))))
     columns += [
         ("its teacher, %", of(lambda p: p.number("teacher_top1"), ".2f")),
         ("spikes per neuron", of(lambda p: p.number("spikes_per_neuron"), ".3f")),
@@ -68,8 +76,9 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
     if seeds > 1:
         for name in dict.fromkeys(run.name for line in series for run, _ in line.parts):
             more.append((f"accuracy of {name}, %", lambda line, n=name: text(_of_run(line, n), ".2f")))
+    on = judged_on(run for line in series for run, _ in line.parts)
     tables = [
-        _table(f"Results on the test data{mean}", series, columns),
+        _table(f"Results on the {on}{mean}", series, columns),
         _table("Cross-entropy, time, memory and single runs", series, more),
     ]
     pictures = []
@@ -78,8 +87,8 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
     if any(found.values()):
         said = [f"{label} {statistics.mean(values):.4g}" for label, values in found.items() if values]
         pictures.append(charts.picture(
-            plots.accuracies(found), "accuracy", "Accuracy on the test data",
-            f"Accuracy on the test data in percent: {', '.join(said)}.",
+            plots.accuracies(found), "accuracy", f"Accuracy on the {on}",
+            f"Accuracy on the {on} in percent: {', '.join(said)}.",
         ))  # fmt: skip
     against = next((kind for kind in (*BASELINES, "ann") if kind in kinds), None)
     gained = {line.label: gains(line, against) for line in series} if against else {}
@@ -87,9 +96,9 @@ def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
     gained = {label: values for label, values in gained.items() if label in trained and values}
     if len(gained) > 1 or any(len(values) > 1 for values in gained.values()):
         said = [f"{label} {statistics.mean(values):+.4g}" for label, values in gained.items()]
-        title = f"Gain over {AGAINST[against]}"
+        title = f"Gain over {name_of_kind(series, against)}"
         pictures.append(charts.picture(
-            plots.gains(gained, over=AGAINST[against]), "gains", title,
+            plots.gains(gained, over=name_of_kind(series, against)), "gains", title,
             f"{title} in points: {', '.join(said)}.",
         ))  # fmt: skip
     return [table for table in tables if table.rows], pictures

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from ...data.archives import ArchiveError, read_npz
 from ...runtime.files import read_regular
-from ..stages import ANNS, place, title
+from ..stages import ANNS, ORDER, folder_name, place, title
 
 LARGEST = 1 << 28  # bytes of a file, and of an array in it
 FORMAT = 1  # of inspection.json that this understands
@@ -29,7 +30,8 @@ class Part:
         path: its folder.
         kind: name of the folder, which tells it from the other parts of its run.
         settings, result, thresholds, inspection: the JSON files; empty where there is none to read.
-        objective: of a row of a comparison, as text.
+        row: its name in a comparison.
+        place: sorts the parts of a run.
         metrics, steps: one row for each epoch and step, numbers by column, ``None`` where a cell has none.
         arrays: inspection.npz.
     """
@@ -40,16 +42,16 @@ class Part:
     result: dict = field(default_factory=dict)
     thresholds: dict = field(default_factory=dict)
     inspection: dict = field(default_factory=dict)
-    objective: str | None = None
+    row: str | None = None
+    place: tuple = ()
     metrics: list[dict[str, float | None]] = field(default_factory=list)
     steps: list[dict[str, float | None]] = field(default_factory=list)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """Name of the kind in words."""
-        found = title(self.kind)
-        return found.replace("_", " ") if self.objective and found == self.kind else found
+        """Name of the row, or of the kind in words."""
+        return self.row or title(self.kind)
 
     def number(self, name: str) -> float | None:
         """A number of the result, or else of the inspection."""
@@ -72,12 +74,14 @@ class Run:
         name: name of the run among the report's others.
         recipe: recipe.json.
         config: config.yaml, as it is.
+        judged: part of the data set that the results are of, ``"test"`` or ``"validation"``.
     """
 
     path: Path
     name: str
     recipe: dict = field(default_factory=dict)
     config: str | None = None
+    judged: str = "test"
     parts: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -112,7 +116,8 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
             )
         for folder in found:
             if folder.resolve() not in [run.path.resolve() for run in runs]:
-                above = None if folder == path else _text(folder.parent / "config.yaml", [])
+                below = folder != path or _compared(folder)
+                above = _text(folder.parent / "config.yaml", []) if below else None
                 runs.append(_read_run(folder, above))
     runs = _with_shared_parts(runs)
     names = short_names([run.path for run in runs])
@@ -132,7 +137,7 @@ def _with_shared_parts(runs: Sequence[Run]) -> list[Run]:
         if run.path.parent in shared:
             there = [part.kind for part in run.parts]
             run.parts += [part for part in shared[run.path.parent].parts if part.kind not in there]
-            run.parts.sort(key=lambda part: place(part.kind))
+            run.parts.sort(key=lambda part: part.place)
     return seeds or list(runs)
 
 
@@ -188,6 +193,10 @@ def _read_run(path: Path, config: str | None) -> Run:
     if not places:
         run.notes.append("nothing has begun: recipe.json is the only file")
     run.parts = [_read_part(place, path, stages and place != path, run.notes) for place in places]
+    for part in run.parts:
+        part.place = place(part.kind)
+    if _compared(path):
+        _name_rows(run)
     unseen = [
         part for part in run.parts
         if part.metrics and part.kind not in ANNS and not (part.path / "inspection.json").exists()
@@ -198,8 +207,29 @@ def _read_run(path: Path, config: str | None) -> Run:
             f"inspection.json is missing{where}: no attention maps, firing rates by layer or energy; "
             f"lasnn_sj.analysis.inspect(trainer, test_loader) writes it"
         )
-    run.parts.sort(key=lambda part: place(part.kind))
+    run.parts.sort(key=lambda part: part.place)
     return run
+
+
+def _name_rows(run: Run) -> None:
+    """Give the parts of a comparison their rows' names and order; the baseline is called hybrid inside."""
+    try:
+        about = record(yaml.safe_load(run.config or ""))
+    except (yaml.YAMLError, RecursionError) as error:
+        run.notes.append(f"config.yaml is damaged ({error}): rows have the names of their folders")
+        about = {}
+    rows = [row for row in record(about.get("rows")) if isinstance(row, str)]
+    known = {folder_name(row): (number, row) for number, row in enumerate(rows)}
+    if about.get("judge") == "validation":
+        run.judged = "validation"
+    for part in run.parts:
+        if part.path.name in known:
+            number, part.row = known[part.path.name]
+            part.place = (len(ORDER), number)
+            if part.row == about.get("baseline"):
+                part.kind = "hybrid"
+        elif part.kind == "start":
+            part.row = "start (not trained)"
 
 
 def _read_part(path: Path, run: Path, stage: bool, notes: list[str]) -> Part:
@@ -207,11 +237,6 @@ def _read_part(path: Path, run: Path, stage: bool, notes: list[str]) -> Part:
     for name in ("settings", "result", "thresholds", "inspection"):
         setattr(part, name, _json(path / f"{name}.json", notes, run))
     part.settings.pop("fingerprint", None)
-    if _compared(run):
-        objective = _json(path / "objective.json", notes, run).get("objective")
-        part.objective = objective if isinstance(objective, str) else None
-        if part.objective == "CrossEntropy()":
-            part.kind = "hybrid"  # the baseline, whatever the row is called
     part.metrics = _rows(path / "metrics.csv", "epoch", notes, run)
     if len(part.metrics) < 2:  # else the epochs say enough
         part.steps = _rows(path / "steps.csv", "step", notes, run)

@@ -107,7 +107,7 @@ def _confused(part: Part, counts: np.ndarray | None, most: int = 3) -> str:
         if off[row, column]:
             of = f"{off[row, column]} of {counts[row].sum()}"
             said.append(f"{_class(part, int(row))} taken for {_class(part, int(column))} ({of})")
-    return f"Most frequent errors: {'; '.join(said)}." if said else "No error on the test data."
+    return f"Most frequent errors: {'; '.join(said)}." if said else "No error on these data."
 
 
 def _raster_picture(part: Part, title: str, name: str) -> Picture | None:

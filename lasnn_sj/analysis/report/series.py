@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..stages import ANNS, STAGES
-from ..style import energy_unit
+from ..style import energy_unit, interval
 from .reading import Part, Run, number, numbers, record, records, short_names
 
 BASELINES = ("hybrid", "alone")
@@ -153,6 +153,19 @@ def total(part: Part, name: str) -> float | None:
     return sum(values) if values else None
 
 
+def name_of(series: Sequence[Series], kind: str) -> str:
+    """Name of a kind that others are measured against; its row's in a comparison."""
+    rows = {part.row for line in series if line.kind == kind for _, part in line.parts}
+    row = rows.pop() if len(rows) == 1 else None
+    return row or {"ann": "ANN", "hybrid": "hybrid", "alone": "student alone"}[kind]
+
+
+def judged_on(runs: Iterable[Run]) -> str:
+    """Name of the data that the results are of."""
+    parts = sorted({run.judged for run in runs})
+    return f"{' or '.join(parts)} data"
+
+
 def energies(part: Part) -> list[float]:
     """Energy spent by the end of each time step, in picojoules."""
     return numbers(record(part.inspection.get("operations")).get("energy_pj"))
@@ -197,6 +210,14 @@ def spread(values: Sequence[float], shape: str) -> str:
         return ""
     mean = f"{statistics.mean(values):{shape}}"
     return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):{shape.replace('+', '')}}"
+
+
+def gain_text(values: Sequence[float]) -> str:
+    """A gain, or the mean of several with its 95 % interval."""
+    ends = interval(values)
+    if ends is None or len(set(values)) == 1:
+        return spread(values, "+.2f")
+    return f"{statistics.mean(values):+.2f} ± {(ends[1] - ends[0]) / 2:.2f}"
 
 
 def energy_text(picojoules: Sequence[float]) -> str:

@@ -17,9 +17,12 @@ from .series import (
     NOT_TRAINED,
     Series,
     energy_share,
+    gain_text,
     gains,
     group_names,
+    judged_on,
     last_validation,
+    name_of,
     recipes_of,
     spread,
     top1,
@@ -93,9 +96,10 @@ def verdict_of(series: Sequence[Series]) -> Verdict:
     gained: list[float] = []
     if baseline is not None:
         gained = gains(main, baseline)
-        name = {"hybrid": "hybrid training", "alone": "the student alone"}[baseline]
+        name = name_of(series, baseline)
+        name = {"hybrid": "hybrid training", "student alone": "the student alone"}.get(name, name)
         sentence += f", {_points(statistics.mean(gained))} {name}"
-        shown.append((spread(gained, "+.2f"), f"points over {name}"))
+        shown.append((gain_text(gained), f"points over {name}" + ", 95 % interval" * (len(gained) > 1)))
     over_ann = gains(main, "ann") if main.kind != "ann" else []
     if over_ann:
         joined = " and" if baseline is not None else ","
@@ -104,11 +108,12 @@ def verdict_of(series: Sequence[Series]) -> Verdict:
     if share:
         sentence += f", with {statistics.mean(share):.0f}{NBSP}% of the ANN's energy of computing"
         shown.append((f"{spread(share, '.0f')}{NBSP}%", "of the ANN's energy of computing"))
-    fill = [(spread(over_ann, "+.2f"), "points over the ANN")] if over_ann else []
+    on = judged_on(run for run, _ in main.parts)
+    fill = [(gain_text(over_ann), "points over the ANN")] if over_ann else []
     for name, meaning, shape in (
         ("spikes_per_neuron", "spikes per neuron", ".2f"),
-        ("loss", "cross-entropy on the test data", ".3f"),
-        ("samples", "test samples", ".0f"),
+        ("loss", f"cross-entropy on the {on}", ".3f"),
+        ("samples", f"{on.removesuffix(' data')} samples", ".0f"),
     ):
         found = main.values(lambda part, name=name: part.number(name))
         fill += [(spread(found, shape), meaning)] if found else []
@@ -129,7 +134,8 @@ def main_series(series: Sequence[Series]) -> tuple[Series | None, int]:
 
 
 def _caution(main: Series, seeds: int, of: int, gained: Sequence[float]) -> str:
-    said = [f"The best of {of} on these test data."] if of > 1 else []
+    on = judged_on(run for run, _ in main.parts)
+    said = [f"The best of {of} on these {on}."] if of > 1 else []
     ends = interval(gained)
     if seeds > 1:
         said.append(f"Means of {seeds} seeds.")
@@ -144,7 +150,8 @@ def _caution(main: Series, seeds: int, of: int, gained: Sequence[float]) -> str:
         # Wilson's interval: that of the normal distribution has no width at 100 %
         half = 1.96 / (1 + 1.96**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + (1.96 / (2 * n)) ** 2)
         said.append(
-            f"One seed and {n:.0f} test samples: an accuracy is known to about ± {100 * half:.1f} points."
+            f"One seed and {n:.0f} {on.removesuffix(' data')} samples: an accuracy is known to about "
+            f"± {100 * half:.1f} points."
         )
     return " ".join(said)
 
