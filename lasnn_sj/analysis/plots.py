@@ -218,8 +218,12 @@ def gains(
     if intervals is None:
         seeds = style.by_seed(points, ())
         intervals = {label: ends for label, values in seeds.items() if (ends := style.interval(values))}
-    name = f"points over {over}" + ", 95 % interval" * bool(intervals)
-    figure = _value_bars(points, intervals, name, "{:+.2f}")
+    figure = _value_bars(points, intervals, "points", "{:+.2f}")
+    name = f"points over {plain(over, 32)}"
+    if intervals:  # in a line of its own
+        figure.set_figheight(figure.get_figheight() + 0.15)
+        name += ",\n95 % interval"
+    figure.axes[0].set_xlabel(name)
     figure.axes[0].axvline(0, color=INK, linewidth=1)
     return figure
 

@@ -108,7 +108,7 @@ def test_bars_have_their_values_and_intervals():
     assert texts(axes) == [f"+2.00 ± {half:.2f}", "-1.50"]
     (segment,) = axes.collections[0].get_segments()
     assert segment[:, 0] == pytest.approx([2 - half, 2 + half], rel=1e-5)
-    assert axes.get_xlabel() == "points over hybrid, 95 % interval"
+    assert axes.get_xlabel() == "points over hybrid,\n95 % interval"
     (axes,) = plots.accuracies({"a": 91.234}, intervals={"a": (90.0, 92.0)}).axes
     assert texts(axes) == ["91.23 ± 1.00"]
     assert max(axes.get_xticks()) == 100

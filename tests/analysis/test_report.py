@@ -554,6 +554,18 @@ def test_a_comparison_with_a_damaged_configuration_has_its_folders_names(tmp_pat
     assert "config.yaml is damaged" in page.text
 
 
+def test_maps_without_a_teacher_are_not_said_to_share_a_scale(tmp_path, inspected, undrawn):
+    shutil.copy(inspected / "inspection.json", tmp_path)
+    shutil.copy(inspected / "inspection.npz", tmp_path)
+    assert "Both maps of a level share one scale" in Page(report(tmp_path)).text
+    with np.load(inspected / "inspection.npz") as arrays:
+        kept = {name: array for name, array in arrays.items() if not name.startswith("teacher_")}
+    np.savez(tmp_path / "inspection.npz", **kept)
+    page = Page(report(tmp_path))
+    assert "Each map has a scale of its own." in page.text
+    assert "Both maps" not in page.text
+
+
 def test_a_study_has_its_rows_in_order(tmp_path, undrawn):
     write(tmp_path / "recipe.json", {"student": "spiking_resnet18", "seed": 0})
     for row, top1 in (("default", 40.0), ("sparse_0.5", 38.0), ("alone", 39.0), ("sparse_0", 37.5)):

@@ -27,6 +27,11 @@ class Maps:
     name: str
     sheet: bytes = field(repr=False)
 
+    @property
+    def taught(self) -> bool:
+        """Return whether maps of a teacher are among them."""
+        return any(who == "teacher" for who, _ in self.columns)
+
 
 @dataclass
 class Samples:
