@@ -324,7 +324,7 @@ def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return torch.stack(frames, dim=1), torch.tensor(labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EventData(Loaders):
     """Training, validation and test recordings of a data set, and its description.
 

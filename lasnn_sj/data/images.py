@@ -54,6 +54,9 @@ class Images(Dataset):
         self.transform = transform
         self.classes = None if classes is None else tuple(classes)
 
+    def __repr__(self) -> str:
+        return f"Images({len(self)} of {list(self.images.shape[1:])})"
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -66,6 +69,13 @@ class Loaders:
 
     collate: ClassVar[Callable | None] = None
     least_evaluated: ClassVar[int] = 100  # samples of an evaluation batch; small ones waste time
+
+    def __repr__(self) -> str:
+        held = "" if self.validation is None else f"{len(self.validation)} validation, "
+        return (
+            f"{type(self).__name__}({self.name!r}, {len(self.train)} training, {held}{len(self.test)} test "
+            f"samples {[self.in_channels, self.image_size, self.image_size]}, {self.num_classes} classes)"
+        )
 
     def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]:
         """Shuffled training batches, and validation batches (test batches where nothing is held out).
@@ -107,7 +117,7 @@ class Loaders:
         return DataLoader(part, batch_size, num_workers=workers, pin_memory=pin, collate_fn=collate, **order)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageData(Loaders):
     """Training, validation and test images of a data set, and its description.
 

@@ -9,8 +9,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, nn
 
+from ..neurons import TimeLoopNode
 from .objective import Look, Needs, Objective, Schedule, Signals, check_schedule, weight_at
 from .pairs import LEVELS, Pair, as_map, choose_pairs
 from .taps import TapError, trace_map
@@ -237,6 +239,8 @@ class Attention(Objective):
                 raise TapError(f"levels {tuple(self.levels)} are not among those of the networks: {have}")
             for pair in self.chosen:
                 log.info("attention pair %s", pair)
+            if gradients:
+                self._suggest_accelerate(look.student)
         if self.kind == "gradient":
             logits = look.teacher(look.images)
             if logits.shape[1:] != (look.num_classes,):
@@ -250,6 +254,20 @@ class Attention(Objective):
             teacher=() if self.kind == "gradient" else theirs,
             teacher_gradients=theirs if self.kind == "gradient" else (),
         )
+
+    def _suggest_accelerate(self, student: nn.Module) -> None:
+        """Say where spike activation maps take a second pass over all spikes."""
+        nodes = {pair.student: student.get_submodule(pair.student) for pair in self.chosen}
+        stock = [
+            f"{name} ({type(node).__name__})"
+            for name, node in nodes.items()
+            if isinstance(node, BaseNode) and not isinstance(node, TimeLoopNode)
+        ]
+        if stock:
+            log.info(
+                "spike activation maps of %s are computed from the output spikes; those of "
+                "neurons.accelerate(student) inside the time loop, which is faster", ", ".join(stock),
+            )  # fmt: skip
 
     def __call__(self, signals: Signals) -> dict[str, Tensor]:
         """``{"attention": alpha_e / 2 * L_at}``."""

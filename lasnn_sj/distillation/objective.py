@@ -233,9 +233,18 @@ def parts_of(objective: object, signals: Signals) -> dict[str, Tensor]:
 
     Raises:
         TypeError: no dict of scalar tensors by name, or an empty one.
+        ValueError: it reads the logits of a teacher that is not there.
     """
-    parts = objective(signals)
     name = type(objective).__name__
+    try:
+        parts = objective(signals)
+    except (TypeError, AttributeError) as error:
+        if signals.teacher_logits is None and "NoneType" in str(error):
+            raise ValueError(
+                f"{name} reads the teacher's logits, but there are none ({error}); give its class "
+                f"needs_teacher = True, and the trainer a teacher"
+            ) from error
+        raise
     if not isinstance(parts, dict) or not parts:
         got = "an empty dict" if parts == {} else type(parts).__name__
         raise TypeError(

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..models.readout import BatchError
+from .fingerprint import sentence
 from .options import TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -201,11 +202,14 @@ def teacher(teacher: nn.Module | None, objective: object) -> None:
         )
     wanted = bool(getattr(objective, "needs_teacher", False))
     if wanted and teacher is None:
-        raise ValueError(f"the objective {objective!r} needs a teacher; give one, or an objective without")
+        raise ValueError(
+            f"the objective {sentence(objective)} needs a teacher; give one, or an objective without"
+        )
     if teacher is not None and not wanted:
         raise ValueError(
-            f"the objective {objective!r} makes no use of the teacher; leave the teacher out, or add an "
-            f"objective that uses it, such as Attention() or LabelKD()"
+            f"the objective {sentence(objective)} makes no use of the teacher; leave the teacher out, or add "
+            f"an objective that uses it, such as Attention() or LabelKD(); one of your own that reads the "
+            f"teacher's logits says so by needs_teacher = True"
         )
 
 

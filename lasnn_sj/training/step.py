@@ -21,6 +21,7 @@ from ..models.readout import class_scores, resolve_readout
 from ..runtime import distributed
 from . import nonfinite
 from .evaluation import batch_axis, evaluating
+from .fingerprint import sentence
 from .forward import StudentForward
 from .look import look_at
 from .nonfinite import NonFiniteError
@@ -184,6 +185,11 @@ class TrainingStep:
             signals.accumulated = self._accumulated and trainer.readout == "last"
             self._teacher(images, labels, signals)
             parts = parts_of(trainer.objective, signals)
+        if torch.is_grad_enabled() and not any(part.requires_grad for part in parts.values()):
+            raise ValueError(
+                f"the loss of {sentence(trainer.objective)} depends on no weight, so nothing would be "
+                f"trained; compute it from signals.scores, without detach() or item()"
+            )
         found = {name: part.detach() for name, part in parts.items()}
 
         def not_finite() -> NonFiniteError:

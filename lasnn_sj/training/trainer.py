@@ -128,6 +128,19 @@ class Trainer:
         self._direct: list[StepResult] = []  # steps of train_step that are checked late
         self._unread: list[tuple[Batch, Tensor, Tensor, StepResult]] = []  # steps that are checked late
 
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.student.parameters())
+        said = [
+            f"{type(self.student).__name__} of {count:,} parameters",
+            fingerprint.sentence(self.objective),
+        ]
+        if self.teacher is not None:
+            said.append(f"teacher {type(self.teacher).__name__}")
+        said += [repr(self.encoder)] * (self.encoder is not None)
+        said.append(f"{type(self.optimizer).__name__} at {self._lr:g} on {self.device}")
+        said += [f"in {self.run_dir}"] * (self.run_dir is not None)
+        return f"{type(self).__name__}({', '.join(said)}, {self.epoch} epochs done)"
+
     @property
     def epoch(self) -> int:
         """Epochs finished so far."""

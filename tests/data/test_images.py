@@ -472,3 +472,11 @@ def test_a_half_unpacked_tiny_imagenet_folder_is_named(tiny):
         file.unlink()
     with pytest.raises(ValueError, match=r"train.n02 has no .*JPEG"):
         data.load("tiny-imagenet", tiny)
+
+
+def test_a_data_set_is_shown_by_its_name_and_sizes():
+    digits = data.load("digits")
+    shown = "ImageData('digits', 1437 training, 360 test samples [1, 8, 8], 10 classes)"
+    assert repr(digits) == shown
+    assert repr(digits.split(100)) == shown.replace("1437 training, ", "1337 training, 100 validation, ")
+    assert repr(digits.test) == "Images(360 of [1, 8, 8])"

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lasnn_sj import Callback, DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.conversion import balance_thresholds, convert
 from lasnn_sj.distillation import CrossEntropy, LabelKD
+from lasnn_sj.neurons import accelerate
 from lasnn_sj.training import Trainer, TrainingOptions, evaluate
 
 K, T, N = 4, 4, 8
@@ -301,6 +302,62 @@ def test_it_ends_in_one_sentence(mistake):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+class OwnLoss:
+    """An objective as a newcomer writes one: a plain class that says nothing of a teacher."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, signals):
+        return self.parts(signals)
+
+
+def own(parts):
+    return fit(objective=OwnLoss(parts))
+
+
+DICT = "OwnLoss must return a dict of the loss' parts by name, .*, got "
+OWN = {
+    "a tensor": (lambda: own(lambda s: s.scores.sum()), TypeError, f"{DICT}Tensor"),
+    "an empty dict": (lambda: own(lambda s: {}), TypeError, f"{DICT}an empty dict"),
+    "nothing": (lambda: own(lambda s: None), TypeError, f"{DICT}NoneType"),
+    "a vector": (
+        lambda: own(lambda s: {"ce": s.scores[:, 0]}), TypeError, "part 'ce' of OwnLoss must be a scalar ten"
+    ),
+    "a number": (lambda: own(lambda s: {"ce": 1.0}), TypeError, "of OwnLoss must be a scalar .*, got float"),
+    "a detached part": (
+        lambda: own(lambda s: {"ce": s.scores.detach().sum()}), ValueError,
+        "the loss of OwnLoss.* depends on no weight, .*compute it from signals.scores, without detach",
+    ),
+    "logits of no teacher": (
+        lambda: own(lambda s: {"kd": (s.teacher_logits - s.scores).sum()}), ValueError,
+        "OwnLoss reads the teacher's logits, but there are none .*; give its class needs_teacher = True, and",
+    ),
+    "a teacher that it does not ask for": (
+        lambda: fit(objective=OwnLoss(None), teacher=teacher()), ValueError,
+        r"objective OwnLoss\(parts=None\) makes no use of the teacher; .*says so by needs_teacher = True",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", OWN)
+def test_an_objective_of_one_s_own_that_gives(mistake):
+    call, kind, message = OWN[mistake]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_gradient_attention_of_stock_neurons_suggests_accelerate(caplog):
+    suggested = r"spike activation maps of 1 \(IFNode\) are computed from the output spikes; .*accelerate"
+    arguments = {"kind": LaSNNTrainer, "teacher": teacher(), "attention": "gradient"}
+    with caplog.at_level(logging.INFO, "lasnn_sj"):
+        fit(accelerate(student()), **arguments)
+        assert not re.search(suggested, caplog.text)
+        (row,) = fit(**arguments)
+    assert re.search(suggested, caplog.text)
+    assert 0 < row["attention"] < 0.45 * 3
 
 
 def test_an_objective_s_class_in_a_sum():

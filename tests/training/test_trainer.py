@@ -521,3 +521,14 @@ def test_help_on_the_trainer_fits_two_screens():
     lines = pydoc.plain(pydoc.render_doc(LaSNNTrainer)).splitlines()
     most = 110 if sys.version_info < (3, 13) else 150  # 3.13 gives each argument a line of its own
     assert len(lines) <= most
+
+
+def test_a_trainer_is_shown_by_what_it_trains(tmp_path):
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(64, K))
+    trainer = LaSNNTrainer(
+        net, models.teacher_resnet20(K, 1, 0.125).eval(), encoder=DirectEncoder(3), run_dir=tmp_path
+    )
+    assert repr(trainer) == (
+        "LaSNNTrainer(Sequential of 260 parameters, CrossEntropy() + Attention(), teacher TeacherResNet20, "
+        f"DirectEncoder(T=3), Adam at 0.0001 on cpu, in {tmp_path}, 0 epochs done)"
+    )
