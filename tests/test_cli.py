@@ -24,7 +24,7 @@ from lasnn_sj.training import TrainingOptions, load_weights
 CONFIGS = sorted(runs.CONFIGS.glob("*.yaml"))
 SIZES = {
     "cifar10": (10, 3, 32), "cifar100": (100, 3, 32), "tiny-imagenet": (200, 3, 64), "digits": (10, 1, 8),
-    "dvs-gesture": (11, 2, 128),
+    "dvs-gesture": (11, 2, 128), "n-mnist": (10, 2, 34),
 }  # fmt: skip
 
 
