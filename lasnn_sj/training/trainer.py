@@ -244,11 +244,9 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Run one training step on a batch that lies on the device; the results are detached.
 
+        A loss or gradient that is not finite raises :class:`NonFiniteError`; the student keeps its weights.
         On CUDA with a fused optimizer the step does not wait for the device. An error is then raised up to
         16 steps later, or by :meth:`finish_steps`; the steps after the bad one are not applied.
-
-        Raises:
-            NonFiniteError: the loss or its gradient is not finite; the student keeps its weights.
         """
         if self._step.late:
             with self._step.checking():
