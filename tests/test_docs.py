@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lasnn_sj import __main__ as cli
@@ -101,6 +102,30 @@ def test_every_page_is_in_the_table_of_contents():
     entries = re.findall(r"^[\w/]+$", index, re.M)
     pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")}
     assert set(entries) == pages - {"index"}
+
+
+def test_an_objective_of_your_own_takes_less_than_25_lines_and_trains():
+    (source,) = (text for _, text in blocks(ROOT / "docs" / "methods.md") if "class QuietLayer" in text)
+    assert len([line for line in source.splitlines() if line.strip()]) < 25
+    names = {}
+    exec(source, names)
+    torch.manual_seed(0)
+    student, trainer = names["student"], names["trainer"]
+    for module in student.modules():
+        if hasattr(module, "v_threshold"):
+            module.v_threshold = 0.1
+        if hasattr(module, "p"):
+            module.p = 0.0  # of dropout, which is not part of a firing rate
+    images, labels = 2 * torch.rand(4, 3, 32, 32) - 1, torch.arange(4)
+    rates, layer = [], student.get_submodule("features.2.neuron")
+    trainer.prepare(images, labels)
+    hook = layer.register_forward_hook(lambda module, args, spikes: rates.append(spikes.mean().item()))
+    before = student.features[0].weights.weight.detach().clone()
+    part = trainer.train_step(images, labels).parts["quiet"].item()
+    hook.remove()
+    assert rates[0] > 0
+    assert part == pytest.approx((rates[0] - 0.05) ** 2, rel=1e-4)
+    assert not torch.equal(student.features[0].weights.weight, before)
 
 
 def test_every_objective_has_a_row_in_the_methods_table():

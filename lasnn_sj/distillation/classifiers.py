@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 from .features import LateWeights, _OnePair, shared_spikes, spike_value
@@ -165,10 +165,10 @@ class StableNoise(Objective):
             raise ValueError("StableNoise needs T of at least 2, got T = 1")
         self._name, self._form = spiking_layer(look.student, look.inputs, self.layer)
         self._linear, steps = classifier(look.student)[1], len(look.inputs)
-        outputs = look.outputs.float()
+        spikes, outputs = _random_spikes(look, self._name)
         scores = outputs.mean(0) if outputs.dim() == 3 else outputs
         last = outputs[-1] if outputs.dim() == 3 else outputs
-        made = self._classify(_spikes(look, self._name).float().mean(0))
+        made = self._classify(spikes.mean(0))
         fits = made is not None and made.shape == scores.shape
         if fits and torch.allclose(made, scores, 1e-2, 1e-4):
             self._factor = 1
@@ -231,3 +231,28 @@ def _spikes(look: Look, name: str) -> Tensor:
     finally:
         functional.reset_net(look.student)
         taps.close()
+
+
+@torch.no_grad()
+def _random_spikes(look: Look, name: str) -> tuple[Tensor, Tensor]:
+    """Run the student with random spikes in place of those of every layer; a layer's, and the output.
+
+    An untrained layer may be silent, and its spikes say nothing of what is behind them then.
+    """
+    seen: dict[nn.Module, Tensor] = {}
+
+    def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        seen[module] = torch.bernoulli(torch.full_like(output, 0.5))
+        return seen[module]
+
+    wanted, kinds = look.student.get_submodule(name), (neuron.BaseNode, neuron.SimpleBaseNode)
+    modules = [m for m in look.student.modules() if isinstance(m, kinds) or m is wanted]
+    hooks = [module.register_forward_hook(replace) for module in modules]
+    functional.reset_net(look.student)
+    try:
+        outputs = look.student(look.inputs)
+    finally:
+        functional.reset_net(look.student)
+        for hook in hooks:
+            hook.remove()
+    return seen[wanted].float(), outputs.float()

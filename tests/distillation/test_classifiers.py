@@ -152,6 +152,10 @@ def test_networks_that_do_not_fit():
         prepared(StableNoise(layer="early"), Student())
     with pytest.raises(ValueError, match="needs T of at least 2, got T = 1"):
         prepared(StableNoise(), Student(), T=1)
+    silent = Student(twice=True)  # whose spikes would say nothing of what is behind them
+    silent.early.v_threshold = silent.neuron.v_threshold = 1e9
+    with pytest.raises(ValueError, match="one linear layer of the firing rates of 'neuron'"):
+        prepared(StableNoise(), silent)
     for make in (EnOF, StableNoise):
         with pytest.raises(TapError, match="student tap 'neurn' matches no module .* near: neuron"):
             prepared(make(layer="neurn"), Student())

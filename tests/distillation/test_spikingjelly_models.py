@@ -5,6 +5,11 @@ of ``spiking_vggws_ottt``, which are trained online, one step at a time, and ``s
 which need the result of an architecture search. A module's deeper and wider builders build the same layers.
 """
 
+import functools
+import inspect
+import operator
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -13,12 +18,38 @@ from spikingjelly.activation_based import functional, layer, model, neuron
 from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet, spiking_vgg
 from torch.utils.data import DataLoader, TensorDataset
 
-from lasnn_sj import DirectEncoder, LaSNNTrainer, models
+from lasnn_sj import DirectEncoder, LaSNNTrainer, distillation, models
 from lasnn_sj.analysis.inspection import inspect_student
 from lasnn_sj.conversion import prune_magnitude
-from lasnn_sj.distillation import Attention, CrossEntropy, DefaultKD, LabelKD, SparseKD, StudentTaps
-from lasnn_sj.distillation.objective import members
+from lasnn_sj.distillation import (
+    DIST,
+    SAMD,
+    TET,
+    TKS,
+    TPD,
+    Attention,
+    CrossEntropy,
+    DecoupledKD,
+    DefaultKD,
+    EntropyRegularization,
+    LabelKD,
+    Look,
+    NoiseSmoothedKD,
+    Objective,
+    PerStepCE,
+    RelationalKD,
+    SeAlKD,
+    SparseKD,
+    StableNoise,
+    StableSpike,
+    StudentTaps,
+    Synergy,
+    TemporalKD,
+    parse_objective,
+)
+from lasnn_sj.distillation.objective import members, trained_modules
 from lasnn_sj.neurons import accelerate
+from lasnn_sj.training.trainer import Trainer
 
 T, K = 2, 4
 LIF = {"spiking_neuron": neuron.LIFNode, "detach_reset": True}
@@ -118,6 +149,95 @@ def test_a_step_of_logit_distillation_trains_the_network(name):
         assert 0 < row["loss"] < 10 * torch.tensor(K).log()
         changed = [path for path, weight in net.named_parameters() if not torch.equal(weight, before[path])]
         assert len(changed) > len(before) / 2, objective
+
+
+class Together(Objective):
+    """Methods whose parts have names of their own here; the gradients of each part are looked at."""
+
+    needs_teacher = True
+
+    def __init__(self, inner):
+        self.inner, self.reached = inner, {}
+
+    def prepare(self, look):
+        return functools.reduce(operator.or_, (one.prepare(look) for one in self.inner))
+
+    def __call__(self, signals):
+        parts, signals.epoch, signals.epochs = {}, 1, 2  # in the first epoch TKS has no weight
+        for one in self.inner:
+            parts |= {f"{type(one).__name__}.{name}": part for name, part in one(signals).items()}
+        read = [signals.scores, signals.outputs, *signals.student.values()]
+        for name, part in parts.items():
+            found = torch.autograd.grad(part, read, retain_graph=True, allow_unused=True)
+            self.reached[name] = any(g is not None and bool(g.any()) for g in found)
+        return parts
+
+
+WITH_WEIGHTS = "CrossEntropy() + KDSNN() + BKD() + EnOF() + SASTC(batch_size=32, beta=1.0)"
+ON_SCORES = [LabelKD, DecoupledKD, DIST, NoiseSmoothedKD, RelationalKD, SAMD, StableSpike, DefaultKD]
+ON_STEPS = [PerStepCE, TET, TemporalKD, TKS, TPD, Synergy, SeAlKD, EntropyRegularization]
+WITHOUT_STEPS = {"ms_resnet", "max_resnet", "att_ms_resnet", "masnn", "qkformer", "maxformer",
+                 "maxformer_cifar", "spike_driven_transformer"}  # fmt: skip
+# Class scores that are one linear layer of the last spikes; others add spikes of several layers before it,
+# pool them by other means, or vote.
+ONE_LINEAR_LAYER = {"spiking_resnet19", "spiking_resnet", "ms_resnet", "max_resnet", "att_ms_resnet",
+                    "maxformer", "maxformer_cifar", "spike_driven_transformer"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_every_method_trains_the_network(name):
+    """Each part's gradient reaches the student; the weights of methods move, too."""
+    torch.manual_seed(0)
+    teacher = models.teacher_resnet20(K, width=0.25).eval()
+    steps = [] if name in WITHOUT_STEPS else ON_STEPS
+    noise = [StableNoise] if name in ONE_LINEAR_LAYER else []
+    net, together = build(name), Together([kind() for kind in (*ON_SCORES, *steps, *noise)])
+    for module in net.modules():
+        if hasattr(module, "v_threshold"):
+            module.v_threshold = 0.2  # an untrained network is silent at 1
+    trainer = Trainer(
+        net, parse_objective(WITH_WEIGHTS) + together, teacher=teacher, encoder=DirectEncoder(T),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.01),
+    )  # fmt: skip
+    (batch,) = loader()
+    trainer.prepare(*batch)
+    own = {f"{kind}.{key}": p for kind, method in trained_modules(trainer.objective)
+           for key, p in method.named_parameters() if p.numel()}  # fmt: skip
+    before = [p.detach().clone() for p in (*own.values(), *net.parameters())]
+    parts = trainer.train_step(*batch).parts
+    assert all(part.isfinite() for part in parts.values())
+    assert {"features", "blurred", "output_features", "calibrated"} <= parts.keys()
+    quiet = [part for part, reached in together.reached.items() if not reached]
+    assert quiet == [], quiet
+    moved = [not torch.equal(a, b) for a, b in zip(before, (*own.values(), *net.parameters()))]
+    assert [key for key, changed in zip(own, moved) if not changed] == []
+    assert sum(moved) > len(moved) / 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_methods_that_a_network_cannot_have_say_why(name):
+    net, images = build(name).eval(), next(iter(loader()))[0][:2]
+    frames = DirectEncoder(T)(images)
+    with torch.no_grad():
+        outputs = net(frames)
+    functional.reset_net(net)
+    assert (outputs.dim() == 2) == (name in WITHOUT_STEPS)
+    look = Look(net, None, frames, images, outputs, K)
+    for kind in [StableNoise] * (name not in ONE_LINEAR_LAYER) + ON_STEPS * (name in WITHOUT_STEPS):
+        said = "one linear layer of the firing rates" if kind is StableNoise else "the scores of every step"
+        with pytest.raises(ValueError, match=f"{kind.__name__} needs a student .*{said}"):
+            kind().prepare(look)
+
+
+def test_the_list_of_methods_is_complete():
+    tested = {kind.__name__ for kind in (*ON_SCORES, *ON_STEPS, StableNoise)}
+    tested |= set(re.findall(r"\w+(?=\()", WITH_WEIGHTS)) | {"Attention", "SparseKD"}
+    found = {
+        name for name in distillation.__all__
+        if inspect.isclass(kind := getattr(distillation, name)) and issubclass(kind, Objective)
+    }  # fmt: skip
+    # SpikeKD needs a student and a spiking teacher that end in an integrator
+    assert found - {"Objective", "Sum", "SpikeKD"} == tested
 
 
 @pytest.fixture(scope="module")
