@@ -459,8 +459,11 @@ class Trainer:
 
 
 def _add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Let an optimizer also train the parameters that it does not have yet."""
+    """Let an optimizer also train the parameters that it does not have yet, in its first group.
+
+    A group of their own would be one more than a scheduler that was made before has rates for.
+    """
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [p for p in parameters if id(p) not in known]
     if missing:
-        optimizer.add_param_group({"params": missing})
+        optimizer.param_groups[0]["params"].extend(missing)

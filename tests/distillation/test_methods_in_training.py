@@ -72,6 +72,25 @@ def test_weights_of_a_method_are_trained_saved_and_taken_up_again(tmp_path):
     assert not any(name.startswith(("adaptor", "first")) for name, _ in alone.student.named_parameters())
 
 
+def test_a_scheduler_made_before_sets_the_learning_rate_of_a_methods_weights():
+    torch.manual_seed(0)
+    student = models.conv3_linear2(4, in_channels=1, image_size=8, width=0.05)
+    adam = torch.optim.Adam(student.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: 0.5**epoch)
+    objective = parse_objective("CrossEntropy() + KDSNN()")
+    teacher = models.teacher_resnet20(4, in_channels=1, width=0.125)
+    trainer = Trainer(student, objective, teacher=teacher, encoder=DirectEncoder(2), optimizer=adam,
+                      scheduler=scheduler)  # fmt: skip
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(images, torch.arange(4))
+    trainer.fit(torch.utils.data.DataLoader(data, 4), epochs=1)
+    before = [p.detach().clone() for p in own_parameters(objective)]
+    trainer.fit(torch.utils.data.DataLoader(data, 4), epochs=2)
+    assert not any(torch.equal(a, b) for a, b in zip(before, own_parameters(objective), strict=True))
+    rates = {id(p): group["lr"] for group in adam.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in (*student.parameters(), *own_parameters(objective))} == {0.0025}
+
+
 def test_a_process_killed_within_an_epoch_ends_with_the_same_bytes(tmp_path):
     """SIGKILL at step 9 of twice 6, behind the checkpoint of step 8; then the same run in another process."""
     text = "CrossEntropy() + KDSNN() + BKD(alpha=0.01) + EnOF() + SASTC(batch_size=4)"
