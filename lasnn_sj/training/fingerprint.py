@@ -211,7 +211,7 @@ def sentence(objective: object) -> str:
     """Text of an objective that is the same in another process."""
     if isinstance(objective, Sum):
         return " + ".join(map(sentence, objective.objectives))
-    if type(objective).__repr__ is not object.__repr__ and not isinstance(objective, nn.Module):
+    if type(objective).__repr__ not in (object.__repr__, nn.Module.__repr__):
         return repr(objective)
     public = {k: v for k, v in vars(objective).items() if not k.startswith("_") and k != "training"}
     shown = ", ".join(f"{name}={public[name]!r}" for name in sorted(public))
