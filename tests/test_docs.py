@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import json
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from spikingjelly.activation_based import neuron
 
 from lasnn_sj import __main__ as cli
 from lasnn_sj import distillation
@@ -33,16 +36,82 @@ def run(page, names):
         exec(code, names)
 
 
-WITH_BLOCKS = [page for page in PAGES[1:] if blocks(page)]
+def lasnn(names, printed):
+    assert names["curve"][-1] > names["curve"][4] + 30  # a converted SNN needs many time steps
+    assert f"after 5 steps {names['curve'][4]:.1f} %, after 60 steps {names['curve'][-1]:.1f} %" in printed
+    nodes = dict(names["student"].named_modules())
+    assert len(names["thresholds"]) == 4
+    for name, threshold in names["thresholds"].items():  # balanced again, by the same factor in each layer
+        assert nodes[name].v_threshold == pytest.approx(0.4 * threshold, rel=0.25)
+    trainer = names["trainer"]
+    assert str(trainer.pairs) in printed
+    assert 1 <= len(trainer.pairs) <= 3
+    assert [row["attention_alpha"] for row in trainer.history] == pytest.approx([0.9, 0.45, 0.0])
+    assert trainer.evaluate(names["test_loader"])["top1"] > 80
+    there = {path.name for path in Path("runs/tutorial").iterdir()}
+    assert {"checkpoints", "metrics.csv", "tensorboard", "weights.safetensors"} <= there
+    train, held = names["digits"].split(100).loaders(100)
+    assert sum(len(labels) for _, labels in held) == 100
+    assert sum(len(labels) for _, labels in train) == 1437 - 100
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+def reverse(names, printed):
+    assert min(names["alone"], names["sparse"], names["default"]) > 80
+    assert (
+        "alone {alone:.1f} %, sparse-KD {sparse:.1f} %, default-KD {default:.1f} %".format(**names) in printed
+    )
+    weights = [names["teacher"][place].weight for place in (0, 4)]
+    assert sum(int((w == 0).sum()) for w in weights) == round(0.3 * sum(w.numel() for w in weights))
+    one, other = names["fresh"]().state_dict(), names["fresh"]().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def long_runs(names, printed):
+    trainer, tops = names["trainer"], [row["val_top1"] for row in names["trainer"].history]
+    best = tops.index(max(tops))
+    assert f"epoch {best + 1} of {len(tops)}: {max(tops):.1f} %" in printed
+    assert len(tops) in (10, best + 3)  # to the end, or two validations without a new best
+    assert trainer.evaluate(names["val_loader"])["top1"] == pytest.approx(max(tops))  # its weights are loaded
+    assert max(tops) > 60
+
+
+def methods(names, printed):
+    assert repr(names["objective"]) == "LabelKD() + Attention(kind='gradient')"
+    found = names["trainer"].train_step(2 * torch.rand(4, 3, 32, 32) - 1, torch.arange(4))
+    assert set(found.parts) == {"ce", "quiet"}
+
+
+def models(names, printed):
+    assert "spiking_resnet19" in printed.splitlines()[0]
+    assert printed.splitlines()[1] == "{'top1': 10.0}"
+    there = {path.name for path in Path("students/resnet19").iterdir()}
+    assert there == {"model.safetensors", "config.json", "README.md"}
+    assert names["encoder"].T == 4
+
+
+def hot_path(names, printed):
+    assert "ParametricLIFNode" in printed
+    assert type(names["net"][1]).__module__.startswith("lasnn_sj.neurons")
+    assert type(names["net"][4]) is neuron.ParametricLIFNode
+
+
+def analysis(names, printed):
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# What the text around the blocks of a page claims.
+CLAIMS = {claim.__name__: claim for claim in (lasnn, reverse, long_runs, methods, models, hot_path, analysis)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_and_its_claims_hold(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(page, {})
+    names = {}
+    run(page, names)
+    CLAIMS[page.stem](names, capsys.readouterr().out)
 
 
-def test_the_readme_s_blocks_run_and_the_first_learns(tmp_path, monkeypatch, capsys):
+def test_the_readme_s_blocks_run_and_the_first_learns(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     names = {}
     run(ROOT / "README.md", names)
@@ -53,6 +122,38 @@ def test_the_readme_s_blocks_run_and_the_first_learns(tmp_path, monkeypatch, cap
     assert distilled > converted + 5
     again = names["trainer"].evaluate(names["test_loader"])
     assert again["samples"] == 360
+    assert repr(names["objective"]).startswith("SparseKD(")
+    images, labels = next(iter(names["train_loader"]))
+    assert set(names["trainer"].train_step(images, labels).parts) == {"ce", "kd"}
+
+    for epochs in (1, 2):  # with run_dir, and the same call again
+        adam = torch.optim.Adam(names["student"].parameters(), lr=2e-3)
+        trainer = names["LaSNNTrainer"](
+            names["student"], names["teacher"], encoder=names["DirectEncoder"](T=4), optimizer=adam,
+            run_dir="runs/first",
+        )  # fmt: skip
+        with caplog.at_level(logging.INFO, "lasnn_sj"):
+            assert len(trainer.fit(names["train_loader"], epochs=epochs)) == epochs
+    assert "continuing after epoch 1, step 45" in caplog.text  # 1437 images in batches of 32
+    there = {path.name for path in Path("runs/first").iterdir()}
+    assert {"checkpoints", "weights.safetensors", "metrics.csv", "tensorboard"} <= there
+
+
+def test_the_readme_s_commands_run_and_what_they_write_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"^```sh\n(lasnn-sj train .*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["train", "report", "evaluate", "info"]
+    said = []
+    for line in lines:
+        cli.main(line)
+        said.append(capsys.readouterr().out)
+    assert re.search(r"LaSNN, T = 4 +\| \d\d\.\d\d", said[0])
+    assert Path("runs/lasnn_digits/report.html").stat().st_size > 100_000
+    result = json.loads(Path("runs/lasnn_digits/seed0/lasnn/result.json").read_text())
+    assert result["top1"] > 80
+    assert said[2].splitlines()[-1].split()[:3] == ["0", "lasnn", f"{result['top1']:.2f}"]
+    assert re.search(r"cpu +numba: ", said[3])
 
 
 def test_there_are_blocks_and_links_and_paths_lead_somewhere():
