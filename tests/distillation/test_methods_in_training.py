@@ -206,3 +206,16 @@ def test_two_parts_of_one_name():
         ValueError, match=r"two objectives of PerStepCE\(\) \+ CrossEntropy\(\) give a part .*'ce'"
     ):
         trainer.train_step(*IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "taps"), [("CrossEntropy()", 0), ("LabelKD()", 0), ("LabelKD() + KDSNN()", 1)]
+)
+def test_layers_that_no_method_reads_are_not_tapped(text, taps):
+    objective = parse_objective(text)
+    trainer = trainer_of(objective, resnet20() if objective.needs_teacher else None)
+    trainer.train_step(*IMAGES)
+    for network in (trainer.student, trainer.teacher):
+        modules = [] if network is None else list(network.modules())
+        assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules) == taps * bool(modules)
+    assert not any(getattr(module, "recorded", None) for module in trainer.student.modules())
