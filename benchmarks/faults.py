@@ -27,8 +27,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def attack(
     subjects: Mapping[str, int] = SUBJECTS,
     seed: int = 0,
     jobs: int = 1,
+    minutes: float = 40.0,
     say: bool = False,
 ) -> list[dict[str, object]] | None:
     """Run trials in processes with the library preloaded.
@@ -87,6 +89,7 @@ def attack(
         subjects: what is disturbed, and its share of the trials.
         seed: of the calls that are chosen.
         jobs: processes that share the trials.
+        minutes: after which no trial is begun any more, and those that are left are not counted.
         say: print each trial that was lost as it is found.
 
     Returns:
@@ -102,13 +105,8 @@ def attack(
         }  # fmt: skip
         processes = []
         for job in range(jobs):
-            plan = {
-                "kills": kills,
-                "others": others,
-                "subjects": dict(subjects),
-                "seed": seed,
-                "part": [job, jobs],
-            }
+            plan = {"kills": kills, "others": others, "subjects": dict(subjects), "seed": seed}
+            plan |= {"part": [job, jobs], "minutes": minutes}
             command = [sys.executable, __file__, "--plan", json.dumps(plan)]
             stderr = None if say else subprocess.DEVNULL
             processes.append(
@@ -125,22 +123,22 @@ def attack(
                 )
                 for name in ("trials", "struck", "lost"):
                     whole[name] += row[name]
-        return list(rows.values())
+        order = [(subject, fault) for subject in subjects for fault in FAULTS]
+        return [rows[key] for key in order if key in rows]
 
 
-def planned(
-    kills: int, others: int, subjects: Mapping[str, int], seed: int
-) -> Iterator[tuple[str, str, float]]:
-    """Subject, fault and place in [0, 1) of each trial; places are spread over the whole run."""
-    draw, whole = random.Random(seed), sum(subjects.values())
+def planned(kills: int, others: int, subjects: Mapping[str, int], seed: int) -> list[tuple[str, str, float]]:
+    """Subject, fault and place in [0, 1) of each trial, shuffled; places are spread over the whole run."""
+    draw, whole, trials = random.Random(seed), sum(subjects.values()), []
     for fault in FAULTS:
         count = round((kills if fault.startswith("kill") else others) * FAULTS[fault][2])
         done = 0
         for number, (subject, share) in enumerate(subjects.items()):
             mine = count - done if number == len(subjects) - 1 else round(count * share / whole)
             done += mine
-            for trial in range(mine):
-                yield subject, fault, (trial + draw.random()) / mine
+            trials += [(subject, fault, (trial + draw.random()) / mine) for trial in range(mine)]
+    draw.shuffle(trials)  # so that a part of them is a sample
+    return trials
 
 
 class Zygote:
@@ -440,11 +438,14 @@ def subjects_of(base: Path) -> dict[str, Callable[[Path], object]]:
     return chosen | {"report": page}
 
 
-def work(kills: int, others: int, subjects: Mapping[str, int], seed: int, part: tuple[int, int]) -> None:
+def work(
+    kills: int, others: int, subjects: Mapping[str, int], seed: int, part: tuple[int, int], minutes: float
+) -> None:
     """Run a part of the trials in this process, in which the library is preloaded; print rows as JSON."""
     import torch
     from tqdm import tqdm
 
+    end = time.monotonic() + 60 * minutes
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
     warnings.simplefilter("ignore")
@@ -455,7 +456,8 @@ def work(kills: int, others: int, subjects: Mapping[str, int], seed: int, part: 
         functions = subjects_of(base)
         zygote = Zygote(functions, base)
         with Quiet():
-            functions["pipeline"](base / "input" / "finished")  # of which the report is
+            if "report" in subjects:
+                functions["pipeline"](base / "input" / "finished")
             for name in subjects:  # imports, compiled kernels
                 with tempfile.TemporaryDirectory(dir=base) as folder:
                     functions[name](Path(folder))
@@ -465,7 +467,7 @@ def work(kills: int, others: int, subjects: Mapping[str, int], seed: int, part: 
             zygote.undisturbed(name)
         rows: dict[tuple[str, str], dict[str, object]] = {}
         for number, (subject, fault, place) in enumerate(planned(kills, others, subjects, seed)):
-            if number % part[1] != part[0]:
+            if number % part[1] != part[0] or time.monotonic() > end:
                 continue
             at = 1 + int(place * zygote.calls[subject])
             struck, lost = zygote.trial(subject, fault, at)
@@ -503,13 +505,14 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.plan:
         work(**json.loads(a.plan))
         return
     chosen = {name: SUBJECTS[name] for name in a.subjects}
-    rows = attack(a.kills, a.others, chosen, a.seed, a.jobs, say=True)
+    rows = attack(a.kills, a.others, chosen, a.seed, a.jobs, a.minutes, say=True)
     if rows is None:
         print("skipped: there is no C compiler (cc), or this is not Linux")
         return

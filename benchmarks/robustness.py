@@ -1,10 +1,11 @@
-"""Robustness of runs: kills, damaged files, a full disk, lost workers; and 2,000 steps on end.
+"""Robustness of runs: faults at every call that changes a file, damaged files, lost workers; steps on end.
 
-    python benchmarks/robustness.py            # all of it, some minutes; also `make soak`
-    python benchmarks/robustness.py kills --kills 20
+    python benchmarks/robustness.py            # all of it, within 40 minutes of two cores; also `make soak`
+    python benchmarks/robustness.py faults --kills 1000 --others 300
+    python benchmarks/robustness.py fuzz --examples 8000
     python benchmarks/robustness.py memory     # activation checkpointing: memory against time_chunks
 
-Writes ``results/robustness.md``. Each line counts what was tried and what was lost.
+Writes the sections of ``results/robustness.md``. Each line counts what was tried and what was lost.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.data import images as data
+from lasnn_sj.runtime import files
 from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.checkpoint import CheckpointError
 
@@ -231,6 +234,18 @@ def hostile(examples: int) -> dict[str, int]:
     return {"cases": examples * kinds, "lost": int(_pytest("tests/test_hostile_files.py") != 0)}
 
 
+def faults_by_kind(kills: int, others: int, jobs: int, minutes: float) -> list[dict[str, object]]:
+    """Rows of :func:`faults.attack`, one for each fault over all that it disturbs; empty without ``cc``."""
+    import faults
+
+    whole: dict[str, dict[str, object]] = {}
+    for row in faults.attack(kills, others, jobs=jobs, minutes=minutes, say=True) or ():
+        so_far = whole.setdefault(row["fault"], {"what": row["fault"], "tried": 0, "lost": 0})
+        so_far["tried"] += row["struck"]  # trials in which the fault was met
+        so_far["lost"] += len(row["lost"])
+    return [whole[fault] for fault in faults.FAULTS if fault in whole]
+
+
 def _pytest(*tests: str) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -326,12 +341,18 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", nargs="?", choices=["all", "kills", "soak", "memory", "memory-of"], default="all"
+        "what",
+        nargs="?",
+        choices=["all", "faults", "damage", "fuzz", "soak", "memory", "memory-of"],
+        default="all",
     )
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--others", type=int, default=300, help="signals, and of each error of writing")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that share the faults")
+    parser.add_argument("--minutes", type=float, default=20.0, help="at most, for the faults")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--files", type=int, default=10, help="checkpoints damaged")
-    parser.add_argument("--examples", type=int, default=200, help="hostile files of each kind")
+    parser.add_argument("--examples", type=int, default=8000, help="hostile files of each kind")
     parser.add_argument("--T", type=int, default=100)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 10])
     a = parser.parse_args()
@@ -340,42 +361,66 @@ def main() -> None:
         print(json.dumps(memory_of(a.T, a.chunks[0])))
         return
     import common
+    import faults
 
-    text = ["; ".join(common.machine("cpu").values())]
+    path, tried = common.RESULTS / "robustness.md", []
 
-    def tell(title: str, rows: list[dict]) -> None:
-        text.append(f"{title}\n\n{table(rows)}")
-        print(f"\n{text[-1]}", flush=True)
+    def tell(title: str, about: str, rows: list[dict]) -> None:
+        """Print a section and put it into the file in place of the one that was there."""
+        where = "; ".join(common.machine("cpu").values())
+        section = f"## {title}\n\n{about}\n\n{table(rows)}\n\n`{' '.join(sys.argv)}`; {where}\n"
+        print(f"\n{section}", flush=True)
+        there = path.read_text() if path.exists() else "# Robustness\n"
+        head, *sections = re.split(r"\n(?=## )", there.rstrip("\n") + "\n")
+        kept = [one for one in sections if not one.startswith(f"## {title}\n")]
+        files.write(path, "\n".join([head, *sorted([*kept, section])]))
+        tried.extend(rows)
 
-    tried: list[dict] = []
+    def counted(**calls: Callable[[], dict[str, int]]) -> list[dict]:
+        rows = []
+        for name, call in calls.items():
+            result = call()
+            rows.append(
+                {"what": name.replace("_", " "), "tried": next(iter(result.values())), "lost": result["lost"]}
+            )
+            print(rows[-1], flush=True)
+        return rows
 
-    def tell_of(what: str, call: Callable[[], dict[str, int]]) -> None:
-        result = call()
-        number = next(iter(result.values()))
-        tried.append({"what": what, "tried": number, "lost": result["lost"]})
-        print(f"{what}: {result}", flush=True)
-
-    if a.what in ("all", "kills"):
-        tell_of("SIGKILL within an epoch, loader in the process", lambda: kills(a.kills))
-        tell_of(
-            "SIGKILL within an epoch, two loader workers", lambda: kills(max(1, a.kills // 4), 5, 2, seed=1)
+    if a.what in ("all", "faults"):
+        rows = faults_by_kind(a.kills, a.others, a.jobs, a.minutes)
+        about = (
+            "A process is disturbed at its n-th call that changes a file (open for writing, write, rename, "
+            "unlink, mkdir, link, ftruncate, fsync), n spread over the whole run, and started again. Lost: a "
+            "folder that then differs by a byte from an undisturbed one (times, TensorBoard and older "
+            f"checkpoints aside), or an error without a path. Disturbed are: {', '.join(faults.SUBJECTS)}."
         )
-    if a.what == "all":
-        tell_of("checkpoints damaged", lambda: damage(a.files))
-        tell_of("full disk", full_disk)
-        tell_of("worker killed under torchrun", worker_killed)
-        tell_of("hostile files", lambda: hostile(a.examples))
-    if tried:
-        tell("What was tried and lost (a run that ended with other weights or tables, a crash):", tried)
+        if rows:
+            tell("Faults", about, rows)
+        else:
+            print("faults are skipped: there is no C compiler (cc), or this is not Linux")
+    if a.what in ("all", "damage"):
+        tell(
+            "Kills and damage",
+            "Lost: a run that ended with other weights or tables than one left alone.",
+            counted(
+                kills_with_two_loader_workers=lambda: kills(5, 5, 2, seed=1),
+                checkpoints_damaged=lambda: damage(a.files),
+                full_disk=full_disk,
+                worker_killed_under_torchrun=worker_killed,
+            ),
+        )
+    if a.what in ("all", "fuzz"):
+        about = (
+            "Configurations, data, checkpoints, teachers, events, run folders; lost: an undocumented error."
+        )
+        tell("Hostile files", about, counted(hostile_files=lambda: hostile(a.examples)))
     if a.what in ("all", "soak"):
-        tell("Training on end, first quarter after the warm-up and last one:", [soak(a.steps)])
+        tell(
+            "Training on end", "Medians of the first quarter after the warm-up and the last.", [soak(a.steps)]
+        )
     if a.what in ("all", "memory"):
-        tell("Pieces of time, VGG5 at width 0.25, batch 16:", memory(a.T, a.chunks))
-    if a.what == "all":
-        path = common.RESULTS / "robustness.md"
-        path.write_text("# `python benchmarks/robustness.py`\n\n" + "\n\n".join(text) + "\n")
-        print(f"\n{path}")
-    if any(row["lost"] for row in tried):
+        tell("Pieces of time", "VGG5 at width 0.25, batch 16.", memory(a.T, a.chunks))
+    if any(row.get("lost") for row in tried):
         sys.exit("something was lost")
 
 

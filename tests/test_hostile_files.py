@@ -3,6 +3,7 @@
 ``HOSTILE_EXAMPLES`` sets how many files of each kind are tried; ``make soak`` tries more.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -22,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lasnn_sj import DirectEncoder, models
+from lasnn_sj.analysis.report import reading
 from lasnn_sj.data import images as data
 from lasnn_sj.data.archives import ArchiveError, read_npz
-from lasnn_sj.runtime import files
+from lasnn_sj.runtime import files, locks
 from lasnn_sj.training import checkpoint
 from lasnn_sj.training.checkpoint import CheckpointError
 from lasnn_sj.training.run_folder import RunFolder
@@ -362,6 +364,99 @@ def test_trained_students_of_any_config(value, draw):
     place = draw.draw(st.sampled_from([config, config["architecture"], config["architecture"]["arguments"]]))
     place[draw.draw(st.sampled_from(sorted(place)))] = value
     read_student(STUDENT | {"config.json": json.dumps(config).encode()})
+
+
+# ---- teachers and run folders ----
+
+
+def teacher_file():
+    net = models.teacher_resnet20(10)
+    buffer = io.BytesIO()
+    torch.save({"state_dict": net.state_dict()}, buffer)
+    return buffer.getvalue()
+
+
+TEACHER = teacher_file()
+
+
+@many
+@given(draw=st.data())
+def test_teacher_files(draw):
+    with Watched() as watched:
+        path = watched.folder / "resnet20.th"
+        path.write_bytes(draw.draw(damaged(TEACHER)))
+        result = watched.call(models.published_resnet20, path, refuses=ValueError)
+        assert not isinstance(result, Exception) or "resnet20.th is not a checkpoint" in str(result)
+
+
+STEPS = b"step,epoch,lr,loss,ce\r\n" + b"".join(b"%d,1,0.1,2.5,2.5\r\n" % n for n in range(1, 9))
+
+
+@many
+@given(draw=st.data())
+def test_tables_of_steps(draw):
+    """What is left are whole rows up to the checkpoint's step, each once."""
+    logging.disable(logging.WARNING)
+    try:
+        with Watched() as watched:
+            folder = RunFolder(watched.folder, 1)
+            (watched.folder / "steps.csv").write_bytes(draw.draw(damaged(STEPS)))
+            watched.call(folder.go_back, 6, [], refuses=())
+            head, *rows = csv.reader((watched.folder / "steps.csv").read_text().splitlines())
+            steps = [int(row[0]) for row in rows if [float(cell or 0) for cell in row]]
+            assert steps == sorted(set(steps))
+            assert all(step <= 6 for step in steps)
+            assert head[:4] == ["step", "epoch", "lr", "loss"]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+LOCK = json.dumps({"host": "here", "boot": "b", "namespace": "n", "pid": 1, "started": "5", "since": "s",
+                   "token": "t"}).encode()  # fmt: skip
+
+
+@many
+@given(draw=st.data())
+def test_locks(draw):
+    """Held by somebody, or stale and taken over."""
+    with Watched() as watched, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(locks, "STALE", 0.0)
+        patch.setattr(locks, "CUT", 0.0)
+        (watched.folder / locks.NAME).write_bytes(draw.draw(damaged(LOCK)))
+        logging.disable(logging.WARNING)
+        held = ""
+        try:
+            with locks.FolderLock(watched.folder) as lock:
+                lock.check()
+        except locks.LockError as error:
+            held = str(error)
+        finally:
+            logging.disable(logging.NOTSET)
+        assert not held or str(watched.folder) in held
+
+
+RUN = {
+    "recipe.json": b'{"student": "vgg5", "T": 4, "seed": 0}',
+    "hybrid/settings.json": b'{"optimizer": "Adam", "hyperparameters": {"lr": 0.1}}',
+    "hybrid/result.json": b'{"top1": 50.0, "loss": 1.5, "samples": 8, "spikes": {"a": 0.5}}',
+    "hybrid/metrics.csv": b"epoch,loss,top1,lr,seconds\r\n1,2.5,40,0.1,3\r\n",
+    "hybrid/steps.csv": STEPS,
+    "converted/thresholds.json": b'{"features.0.neuron": 12.5}',
+    "converted/result.json": b'{"top1": 10.0, "loss": 2.5, "samples": 8}',
+}
+
+
+@many
+@given(st.data(), st.sampled_from(sorted(RUN)))
+def test_run_folders_that_a_report_reads(draw, name):
+    with Watched() as watched:
+        for file, content in RUN.items():
+            path = watched.folder / file
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(draw.draw(damaged(content)) if file == name else content)
+        (run,) = watched.call(reading.read, [watched.folder], refuses=())
+        for note in run.notes:
+            note.encode()
 
 
 # ---- events ----

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,7 @@ SAID_TWICE = {
     "student", "architecture", "parameters", "encoder", "objective", "optimizer", "hyperparameters"
 }  # fmt: skip
 WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
+NUMBER = re.compile(r"(-?[0-9]+(\.[0-9]+)?(e[-+][0-9]+)?|-?inf|nan)?")  # or an empty cell
 FLUSH = 200  # steps whose rows are written together
 
 
@@ -286,7 +288,8 @@ def _read_steps(path: Path) -> tuple[list[str], list[list[str]]]:
     lines = lines[:-1]  # the rest is empty, or half a row of a killed process
     for line in lines:
         row = _cells(line)
-        if len(row) == len(head) and _is_number(row[0]) and int(row[0]) > last:
+        whole = len(row) == len(head) and _is_number(row[0]) and all(map(NUMBER.fullmatch, row))
+        if whole and int(row[0]) > last:
             rows.append(row)
             last = int(row[0])
     left_out = len(lines) - len(rows) + (first.strip() != "" and _cells(first) != head)

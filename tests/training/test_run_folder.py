@@ -284,7 +284,9 @@ def test_an_error_releases_the_folder(tmp_path):
 # ---- damaged tables ----
 
 
-@pytest.mark.parametrize("damage", ["zeros", "open quote", "odd digit", "pipe", "twice", "empty", "binary"])
+@pytest.mark.parametrize(
+    "damage", ["zeros", "open quote", "odd digit", "no number", "pipe", "twice", "empty", "binary"]
+)
 def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplog, damage):
     alone = run(tmp_path / "alone")
     folder = tmp_path / "cut"
@@ -296,6 +298,7 @@ def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplo
         "zeros": [*whole[:2], b"\0" * 40 + b"\r\n", *whole[2:]],
         "open quote": [*whole[:2], b'"' + whole[2], *whole[3:]],
         "odd digit": [*whole[:2], "\u00b2,1,0.1,1,1\r\n".encode(), *whole[2:]],
+        "no number": [*whole[:2], b"2,1,0.1,\x0b1,1\r\n", *whole[2:]],
         "twice": [*whole[:3], *whole[2:]],
         "empty": [],
         "binary": [os.urandom(200)],
@@ -311,7 +314,7 @@ def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplo
     rows = steps(folder)
     assert rows == sorted(set(rows))
     assert rows[-1] == 8
-    if damage in ("zeros", "odd digit", "twice"):
+    if damage in ("zeros", "odd digit", "no number", "twice"):
         assert rows == list(range(1, 9))
     if damage != "empty":
         assert "steps.csv" in caplog.text
