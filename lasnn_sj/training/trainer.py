@@ -204,6 +204,8 @@ class Trainer:
                 where = "" if self.run_dir is None else f" in {self.run_dir}"
                 how = "has its %d epochs already" if self.epoch >= epochs else "stopped early after epoch %d"
                 log.warning(f"the run%s {how}; nothing was trained", where, self.epoch)
+                if self._folder is not None:  # a process may have been killed before it wrote them
+                    self._folder.write_weights(WEIGHTS, self.student)
                 return self.history
             self.progress.seed(self.seed)
             callbacks = self._callbacks()

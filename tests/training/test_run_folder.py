@@ -320,6 +320,19 @@ def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplo
         assert "steps.csv" in caplog.text
 
 
+@pytest.mark.parametrize("left", ["nothing", "those of an earlier epoch"])
+def test_a_kill_between_the_last_checkpoint_and_the_weights(tmp_path, left):
+    trained = run(tmp_path)
+    path = tmp_path / "weights.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if left != "nothing":
+        checkpoint.save_weights(path, student(seed=1))
+    again = run(tmp_path)
+    assert same(again, trained)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("at", [3, 8])
 def test_a_table_removed_during_the_run_is_written_again(tmp_path, caplog, at):
     class Remove(Callback):
