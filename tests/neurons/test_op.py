@@ -243,6 +243,35 @@ def test_attached_hard_reset_knows_the_potential_to_a_255th(function):
     assert gradients[1].min() < -0.1  # the reset's part counts
 
 
+@pytest.mark.parametrize("alpha", [1e2, 1e4, 1e6])
+def test_attached_hard_reset_with_a_very_sharp_surrogate(alpha):
+    """One step: off by half an angle code of the peak, as with a blunt one; steps multiply it."""
+    d, function = Dynamics(reset="hard", detach_reset=False), surrogate.ATan(alpha)
+    near = 1 + torch.linspace(-30, 30, 2001) / alpha
+    x, gradients = torch.cat([torch.linspace(-3, 4, 1001), near]).reshape(1, -1), []
+    for loop in (time_loop, run):
+        leaf = x.clone().requires_grad_()
+        loop(leaf, torch.zeros(x.shape[1]), d, function).v.sum().backward()
+        gradients.append(leaf.grad)
+    form = op.kernel_form(function, 1.0)
+    bound = 0.56 * math.pi / 2 / 255 * form.peak * (1 + 1 / form.scale)
+    assert (gradients[0] - gradients[1]).abs().max() <= bound
+    assert gradients[1].abs().max() > 0.9 * form.peak
+
+
+@pytest.mark.parametrize("theta", [1e-30, 1e30])
+def test_gradients_of_thresholds_from_1e_minus_30_on(theta):
+    x, slopes = torch.linspace(0, 3, 301).reshape(1, -1) * theta, []
+    for loop in (time_loop, run):
+        leaf = x.clone().requires_grad_()
+        d = Dynamics(v_threshold=theta, reset="soft")
+        loop(leaf, torch.zeros(301), d, LinearSurrogate()).spikes.sum().backward()
+        slopes.append(leaf.grad)
+    peak = 0.3 / theta
+    assert slopes[1].max() == pytest.approx(peak, rel=0.01)
+    assert (slopes[0] - slopes[1]).abs().max() <= 0.52 * peak / 255
+
+
 def test_the_trace_of_an_old_spike_reaches_the_backward():
     # One spike at t = 48, so N[t] = exp(48 - t) after it, and dM/dx[t] = N[t] * s / T with s = 0.3 / 2
     # (x = 0.5, leak 0). Blocks of the trace begin at t = 64: the spike lies 16 steps before.
