@@ -2,7 +2,7 @@
 
     python benchmarks/robustness.py            # all of it, within 40 minutes of two cores; also `make soak`
     python benchmarks/robustness.py faults --kills 1000 --others 300
-    python benchmarks/robustness.py fuzz --examples 8000
+    python benchmarks/robustness.py fuzz --examples 6250
     python benchmarks/robustness.py memory     # activation checkpointing: memory against time_chunks
 
 Writes the sections of ``results/robustness.md``. Each line counts what was tried and what was lost.
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="at most, for the faults")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--files", type=int, default=10, help="checkpoints damaged")
-    parser.add_argument("--examples", type=int, default=8000, help="hostile files of each kind")
+    parser.add_argument("--examples", type=int, default=6250, help="hostile files of each kind")
     parser.add_argument("--T", type=int, default=100)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 10])
     a = parser.parse_args()
