@@ -1,6 +1,7 @@
 """Several processes: the same losses as one with the whole batch, one writer, every sample counted once."""
 
 import csv
+import logging
 import os
 import pickle
 import signal
@@ -154,6 +155,22 @@ def test_only_rank_0_writes(tmp_path):
         return folder.exists()
 
     assert together(run) == [True, False]
+
+
+def test_two_processes_stop_early_together_and_one_keeps_the_weights(tmp_path):
+    def run(rank):
+        trainer = make(tmp_path / str(rank), monitor="val_loss", keep_best=True, patience=1)
+        worse = iter([1.0, 0.9, 0.95])  # the second epoch is the best, the third the last
+        trainer.evaluate = lambda _: {"loss": next(worse), "top1": 0.0, "samples": 8}
+        trainer.fit(loader(8), loader(8), epochs=6)
+        return trainer.epoch, trainer.best["epoch"], logging.getLogger("lasnn_sj").level
+
+    assert together(run) == [(3, 2, logging.NOTSET), (3, 2, logging.WARNING)]  # each message once
+    assert {path.name for path in tmp_path.glob("*/*.safetensors")} == {
+        "best.safetensors",
+        "weights.safetensors",
+    }
+    assert not (tmp_path / "1").exists()
 
 
 class Answer(nn.Module):
