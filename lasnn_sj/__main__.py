@@ -77,11 +77,14 @@ def evaluate(
         device: "cpu", "cuda", ...; the run's if not given.
     """
     from .experiments.folders import students
+    from .runtime import distributed
 
     found = students(run_dir, rows, source, root)
     several = len({(one.seed, one.row) for one in found}) < len(found)
     for one in found:
         result = one.evaluate(device)
+        if not distributed.is_main():
+            continue
         if one is found[0]:
             print("seed  row                  top-1 %   loss     samples" + several * "  folder")
         seed = "" if one.seed is None else one.seed
@@ -99,6 +102,11 @@ def reproduce(
     teacher_checkpoint: Path | None = None,
     device: str | None = None,
     processes: int | None = None,
+    launcher: Literal["local", "slurm"] | None = None,
+    partition: str | None = None,
+    gpus: int = 0,
+    minutes: float = 240,
+    status: bool = False,
 ) -> None:
     """Train the rows of one of the papers' tables or figures, and print them beside the printed numbers.
 
@@ -113,12 +121,21 @@ def reproduce(
         teacher_checkpoint: file of a trained ResNet-20 for CIFAR-10.
         device: "cpu", "cuda", ...; all GPUs if not given, the CPU where there is none.
         processes: how many rows run at once; one for each GPU, or on the CPU one, if not given.
+        launcher: slurm submits each row as a job of its own, local runs the same jobs on this machine.
+        partition: of SLURM; the cluster's default if not given.
+        gpus: of each job; with several the job's trainings are data-parallel.
+        minutes: time limit of a job; one that is cut off is queued again and goes on.
+        status: print which rows are finished, running or failed, and why, and start nothing.
     """
     from . import experiments
+    from .runtime import distributed
 
-    print(
-        experiments.reproduce(table, rows, scale, seeds, root, run_dir, teacher_checkpoint, device, processes)
+    where = experiments.Cluster(launcher, partition, gpus, minutes, status)
+    text = experiments.reproduce(
+        table, rows, scale, seeds, root, run_dir, teacher_checkpoint, device, processes, where
     )
+    if distributed.is_main():
+        print(text)
 
 
 def report(run_dirs: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
@@ -228,7 +245,7 @@ def main(args: Sequence[str] | None = None) -> None:
             COMMANDS[args[0]](Path(args[1]), tuple(args[2:]))  # the rest are options of the file's method
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, prog=PROG, description=ABOUT)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         if not _is_ours(error):
             raise
         sys.exit(f"{PROG}: {error}")

@@ -16,7 +16,7 @@ from torch import nn
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, data, models
 from lasnn_sj import __main__ as cli
 from lasnn_sj.data.events import Framing
-from lasnn_sj.experiments import config, reverse, runs
+from lasnn_sj.experiments import Cluster, config, reverse, runs
 from lasnn_sj.experiments.recipes import Recipe, rathi
 from lasnn_sj.neurons import accelerate
 from lasnn_sj.training import TrainingOptions, load_weights
@@ -290,9 +290,10 @@ def test_reproduce_and_report_hand_over_their_arguments(monkeypatch, capsys):
 
     monkeypatch.setattr("lasnn_sj.experiments.reproduce", reproduce)
     monkeypatch.setattr("lasnn_sj.analysis.report.report", report)
-    cli.main(["reproduce", "IV", "--rows", "vgg5", "vgg9", "--scale", "smoke", "--seeds", "2"])
+    cli.main(["reproduce", "IV", "--rows", "vgg5", "vgg9", "--scale", "smoke", "--seeds", "2", "--launcher",
+              "slurm", "--partition", "long", "--gpus", "4", "--minutes", "90", "--status"])  # fmt: skip
     cli.main(["report", "a", "b", "--out", "c.html"])
-    here = Path("data"), Path("runs/reproduce"), None, None, None
+    here = Path("data"), Path("runs/reproduce"), None, None, None, Cluster("slurm", "long", 4, 90, True)
     assert seen == [("IV", ("vgg5", "vgg9"), "smoke", 2, *here), ((Path("a"), Path("b")), Path("c.html"))]
     assert lines_of(capsys) == ["the table", "report.html"]
 

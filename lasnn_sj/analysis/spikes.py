@@ -10,6 +10,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
+from ..runtime import distributed
 from ..training.evaluation import batch_axis, check_batch, device_of, encoded_pieces, evaluating
 
 
@@ -102,6 +103,9 @@ def spike_statistics(
 ) -> SpikeStatistics:
     """Count the spikes of a network in all time steps, per neuron.
 
+    Several processes take turns with the batches, and all get the same result; all must call it, and their
+    loaders must give the same batches.
+
     Args:
         student: network of SpikingJelly neurons, ``[T, N, ...]`` to anything; its mode is restored
             afterwards.
@@ -127,13 +131,19 @@ def spike_statistics(
 
     seen = T = 0
     with _watching(student, count), evaluating(student):
-        for images, labels, _ in first_samples(loader, encoder, samples):
+        for number, (images, labels, _) in enumerate(first_samples(loader, encoder, samples)):
+            if number % distributed.world_size() != distributed.rank():
+                continue
             T = 0
             for piece in encoded_pieces(encoder, images.to(device), chunk):
                 student(piece)
                 T += len(piece)
             functional.reset_net(student)
             seen += len(labels)
+    every = distributed.of_all((spikes, neurons, seen, T))
+    seen, T = sum(part[2] for part in every), max(part[3] for part in every)
+    neurons = every[0][1]  # process 0 has the first batch
+    spikes = {name: sum(part[0].get(name, 0) for part in every) for name in neurons}
     if not neurons:
         what = "the loader gave no sample" if not seen else f"no neuron of {type(student).__name__} ran"
         raise ValueError(f"{what}; spikes cannot be counted")

@@ -1,5 +1,6 @@
 """The stages of both papers, their tables and figures, and runs from configuration files."""
 
+from .cluster import Cluster, ClusterError
 from .compare import Comparison
 from .pipeline import Pipeline
 from .recipes import Recipe, ReverseRecipe, rathi
@@ -9,6 +10,8 @@ from .tables import TABLES, Row, Table
 
 __all__ = [
     "TABLES",
+    "Cluster",
+    "ClusterError",
     "Comparison",
     "ExperimentError",
     "Pipeline",

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
-from tyro.conf import Suppress
+from tyro.conf import OmitArgPrefixes, Suppress
 
 from .. import models
 from ..analysis.inspection import environment
@@ -26,10 +26,10 @@ from ..analysis.stages import STAGES
 from ..data import images as data
 from ..data.images import ImageData
 from ..distillation import Objective, parse_objective
-from ..runtime import files
+from ..runtime import distributed, files
 from ..runtime.files import check_settings
-from . import config, pipeline, runs, text
-from .jobs import default_processes, run_jobs
+from . import cluster, config, pipeline, runs, text
+from .jobs import default_processes
 from .recipes import Recipe, described
 from .run import ExperimentError
 from .runner import folder_name
@@ -68,6 +68,7 @@ class Comparison(runs.Experiment):
         teacher_checkpoint: file of a trained ResNet-20 (the one of pytorch_resnet_cifar10); without one the
             recipe's teacher is trained first, once, where a row needs it.
         processes: rows that run at once; one for each core if not given, or one on a GPU.
+        where: a cluster, or in processes of this one.
     """
 
     method: ClassVar[str] = "compare"
@@ -85,6 +86,7 @@ class Comparison(runs.Experiment):
     ann_weights: Path | None = None
     teacher_checkpoint: Path | None = None
     processes: int | None = None
+    where: OmitArgPrefixes[cluster.Cluster] = cluster.Cluster()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,40 +120,79 @@ class Comparison(runs.Experiment):
         """Run all rows of all seeds; the table is written after each.
 
         Returns:
-            Results by seed and row.
+            Results by seed and row; none where the state of the rows is asked for, which is printed.
 
         Raises:
             ValueError: the folder holds a comparison with other settings, or a file or device is not there.
             ExperimentError: rows that failed; the others are kept.
         """
+        if self.where.status:
+            every = [self._job(job) for phase in self._phases() for job in phase]
+            folder = self.run_dir / "cluster"
+            print(cluster.described(cluster.states(folder, every, folder)))
+            return {}
         self._check_device()
         facts = self._facts()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        files.remove_parts(self.run_dir, files.ABANDONED)
-        check_settings(self.run_dir / "comparison.json", facts)
-        config.write(self.run_dir / runs.FILE, {"method": self.method} | config.plain(self))
+        distributed.by_main(lambda: self._begin(facts))
         processes = self.processes or default_processes([self.device])
-        self._teach(), self._ann  # trained once, before processes could each begin to
-        failed = {}
-        for phase in ([(seed, None) for seed in self.seeds],
-                      [(seed, row) for seed in self.seeds for row in (START, *self.rows)]):  # fmt: skip
-            for job, _, error in run_jobs(dataclasses.replace(self).work, phase, [self.device], processes):
-                if error is not None:
-                    failed[job] = error
-                if job[1] is not None:
-                    self._write()
-            if failed:
-                listed = "; ".join(f"{row or 'start'}, seed {s}: {why}" for (s, row), why in failed.items())
-                raise ExperimentError(
-                    f"{len(failed)} of {len(phase)} rows failed (the others are kept): {listed}"
-                )
-        results = self.results()
-        print(f"\n{self._write()}")
+        if self.where.launcher is None:
+            self._teach(), self._ann  # trained once, before processes could each begin to
+        device = "cuda" if self.where.launcher and self.where.gpus else self.device
+        work = dataclasses.replace(self, device=device, where=cluster.Cluster()).work
+        failed, jobs = {}, self.run_dir / "cluster"
+        with cluster.running(self.where, jobs, jobs, [self.device], processes, self._job) as run:
+            for phase in self._phases():
+                for job, _, error in run(work, phase):
+                    if error is not None:
+                        failed[job] = error
+                    if job[1] is not None:
+                        distributed.by_main(self._write)
+                if failed:
+                    listed = "; ".join(f"{self._label(job)}: {why}" for job, why in failed.items())
+                    raise ExperimentError(
+                        f"{len(failed)} of {len(phase)} rows failed (the others are kept): {listed}"
+                    )
+        results = distributed.of_main(self.results)
+        distributed.by_main(lambda: print(f"\n{self._write()}"))
         return {seed: {row: by_seed[seed] for row, by_seed in results.items()} for seed in self.seeds}
 
-    def work(self, job: tuple[int, str | None], device: str) -> None:
-        """Run a row of a seed, or with ``None`` make that seed's start."""
+    def _begin(self, facts: Mapping[str, object]) -> None:
+        files.make_folder(self.run_dir)
+        files.remove_parts(self.run_dir, files.ABANDONED)
+        check_settings(self.run_dir / "comparison.json", facts)
+        described = {"method": self.method} | config.plain(self)
+        config.write(self.run_dir / runs.FILE, {k: v for k, v in described.items() if k != "where"})
+
+    def _phases(self) -> list[list[tuple[int | None, str | None]]]:
+        """Jobs ``(seed, row)`` of :meth:`work`; those of a phase need only what earlier ones made."""
+        shared = [] if self.where.launcher is None else [[(None, None)]]
+        starts = [(seed, None) for seed in self.seeds]
+        return [*shared, starts, [(seed, row) for seed in self.seeds for row in (START, *self.rows)]]
+
+    def _job(self, job: tuple[int | None, str | None]) -> cluster.Job:
         seed, row = job
+        if seed is None:
+            shared = self.run_dir / "shared"
+            needed = ["ann"] if self.ann_weights is None and pipeline.converts(self.recipe.student) else []
+            teaches = self.teacher_checkpoint is None and self._needs_teacher
+            paths = [shared / name / "result.json" for name in [*needed, *["teacher"] * teaches]]
+        else:
+            name = "start" if row in (None, START) else folder_name(row)
+            file = "weights.safetensors" if row is None else "result.json"
+            paths = [self.run_dir / f"seed{seed}" / name / file]
+        name = self._label(job)
+        return cluster.Job(folder_name(name), job, lambda: {name: all(path.exists() for path in paths)})
+
+    def _label(self, job: tuple[int | None, str | None]) -> str:
+        seed, row = job
+        return "teacher and ANN" if seed is None else f"{row or 'start'}, seed {seed}"
+
+    def work(self, job: tuple[int | None, str | None], device: str) -> None:
+        """Run a row of a seed, with ``None`` make that seed's start, without seed what all share."""
+        seed, row = job
+        if seed is None:
+            self._teach(), self._ann
+            return
         part = self.part(seed)
         if row is None:
             part.student("start")
@@ -201,9 +242,12 @@ class Comparison(runs.Experiment):
             self.recipe, self.data, folder, teacher, self._given_ann(), device=self.device
         )
 
+    @property
+    def _needs_teacher(self) -> bool:
+        return any(self.objective(row).needs_teacher for row in self.rows)
+
     def _teach(self) -> nn.Module | None:
-        needed = any(self.objective(row).needs_teacher for row in self.rows)
-        return self._shared.teacher() if needed else None
+        return self._shared.teacher() if self._needs_teacher else None
 
     @functools.cached_property
     def _ann(self) -> nn.Module | None:
@@ -228,12 +272,12 @@ class Comparison(runs.Experiment):
         """Settings that all rows and seeds share; rows and seeds themselves may be added."""
         own = config.plain(self)
         free = ("rows", "baseline", "gains", "seeds", "run_dir", "device", "processes", "root", "source",
-                "ann_weights", "teacher_checkpoint")  # fmt: skip
-        files = {"ann": self.ann_weights, "teacher": self.teacher_checkpoint}
-        for key, path in files.items():
+                "ann_weights", "teacher_checkpoint", "where")  # fmt: skip
+        given = {"ann": self.ann_weights, "teacher": self.teacher_checkpoint}
+        for key, path in given.items():
             if path is not None:
                 _must_be_there("ann_weights" if key == "ann" else "teacher_checkpoint", path)
-        digests = {k: p and hashlib.sha256(p.read_bytes()).hexdigest()[:16] for k, p in files.items()}
+        digests = {k: p and hashlib.sha256(p.read_bytes()).hexdigest()[:16] for k, p in given.items()}
         more = digests | {"data": self.data.name, "recipe": described(self.recipe)}
         return {k: v for k, v in own.items() if k not in free} | more
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,7 @@ from ..analysis.stages import STAGES, place
 from ..data import DirectEncoder, PoissonEncoder, events
 from ..data import images as data
 from ..neurons import accelerate
+from ..runtime import distributed
 from ..runtime.files import read_json
 from ..training.checkpoint import CheckpointError, load_weights
 from ..training.evaluation import evaluate
@@ -54,7 +56,7 @@ class Student:
 
     def evaluate(self, device: str | None = None) -> dict[str, float]:
         """Loss and accuracy on the run's test data, on another device than the run's if given."""
-        device = device or self.device
+        device = str(distributed.initialise(torch.device(device or self.device)))
         net, encoder = self.load(device)
         return evaluate(net, self.test(), encoder, device=device)
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from ..neurons import disable_malloc_trim
+from ..runtime import distributed
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,13 @@ def run_jobs(
         they end.
     """
     processes = min(processes, len(jobs))
+    if processes > 1 and distributed.world_size() > 1:
+        raise ValueError(
+            f"processes must be 1 under torchrun, whose processes share each job, got {processes}"
+        )
     if processes <= 1:
         for job in jobs:
-            yield job, *_attempt(work, job, devices[0])
+            yield job, *attempt(work, job, devices[0])
         return
     context = multiprocessing.get_context("spawn")  # CUDA and thread pools do not survive a fork
     free = context.Queue()
@@ -58,7 +63,9 @@ def run_jobs(
 
 
 def default_processes(devices: Sequence[str]) -> int:
-    """One process for each GPU, or for each core where there is only the CPU."""
+    """One process for each GPU, or for each core where there is only the CPU; one under torchrun."""
+    if distributed.world_size() > 1:
+        return 1
     return len(devices) if devices[0] != "cpu" else len(os.sched_getaffinity(0))
 
 
@@ -74,10 +81,10 @@ def _start_worker(work: Callable, free: multiprocessing.Queue, threads: int, par
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s", datefmt="%H:%M:%S")
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
-    def attempt(job: object) -> tuple[object, str | None]:
-        return _attempt(work, job, device)
+    def attempt_here(job: object) -> tuple[object, str | None]:
+        return attempt(work, job, device)
 
-    _work = attempt
+    _work = attempt_here
 
 
 def _end_with(parent: int) -> None:
@@ -93,11 +100,14 @@ def _call(job: object) -> tuple[object, str | None]:
     return _work(job)
 
 
-def _attempt(work: Callable[[Job, str], object], job: Job, device: str) -> tuple[object, str | None]:
+def attempt(work: Callable[[Job, str], object], job: Job, device: str) -> tuple[object, str | None]:
+    """Return what ``work(job, device)`` does, and its error as text or ``None``."""
     if device == "cpu":
         disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
     try:
         return work(job, device), None
     except Exception as error:  # one job must not take the others' hours with it
+        if distributed.world_size() > 1:  # the others are in the midst of this one
+            raise
         log.exception("%s failed", job)
         return None, f"{type(error).__name__}: {error}"

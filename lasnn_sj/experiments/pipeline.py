@@ -23,9 +23,8 @@ from ..data.encoding import DirectEncoder, PoissonEncoder
 from ..data.images import ImageData
 from ..distillation import Attention, CrossEntropy, LabelKD, Objective, SpikeKD
 from ..neurons import LinearSurrogate, TimeLoopNode, accelerate
-from ..runtime import files, random_state
-from ..runtime.files import check_settings
-from ..training.checkpoint import CheckpointError, load_weights, save_weights
+from ..runtime import distributed, files, random_state
+from ..training.checkpoint import save_weights
 from ..training.evaluation import evaluate
 from ..training.options import TrainingOptions
 from ..training.trainer import Trainer
@@ -64,8 +63,8 @@ class Pipeline(Runner):
 
     Raises:
         ValueError: the folder holds a run of another recipe or data set, or was given other networks; the
-            message lists what differs.
-        RuntimeError: several processes under torchrun.
+            message lists what differs. Or torchrun started a number of processes that does not divide the
+            batches.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Pipeline(Runner):
     def teacher(self) -> nn.Module:
         """Stage 1's network, trained, or the one that was given."""
         given = None if self._given is None else type(self._given).__name__
-        check_settings(self.run_dir / "teacher.json", {"given_teacher": given})
+        self._check("teacher.json", {"given_teacher": given})
         if self._given is not None:
             return self._given.eval()
         self._stage("teacher")
@@ -159,9 +158,7 @@ class Pipeline(Runner):
         stage = STAGES.get(folder_name(row))
         if stage is not None and not stage.trained:
             raise ValueError(f"{row!r} is the name of another stage; call the row something else")
-        folder = self.run_dir / folder_name(row)
-        folder.mkdir(exist_ok=True)
-        check_settings(folder / "objective.json", {"objective": repr(objective)})
+        self._check_objective(self.run_dir / folder_name(row), objective)
 
         def prepare() -> None:
             self._make("start")
@@ -173,6 +170,10 @@ class Pipeline(Runner):
 
         # The trainer locks the row's folder: other rows may be trained by other processes.
         return self._result(row, run, prepare, whole_folder=False)
+
+    def _check_objective(self, folder: Path, objective: Objective) -> None:
+        distributed.by_main(lambda: folder.mkdir(exist_ok=True))
+        self._check(f"{folder.name}/objective.json", {"objective": repr(objective)})
 
     def _stage(self, stage: str) -> dict[str, float]:
         return self._result(stage, lambda folder: self._run(stage, folder), lambda: self._prepare(stage))
@@ -203,8 +204,9 @@ class Pipeline(Runner):
             case "ann":
                 return self._train_ann(self._build_ann(), folder, r.ann_epochs, r.ann_lr, r.ann_batch)
             case "calibrated":
-                images, _ = self._calibration_batch()
-                return self._examine(calibrate(self.student("ann"), images, self.encoder(), progress=True))
+                (images, _), ann = self._calibration_batch(), self.student("ann")
+                snn = distributed.of_main(lambda: calibrate(ann, images, self.encoder(), progress=True).cpu())
+                return self._examine(snn.to(self.device))
             case "converted" | "converted_10T" | "start":
                 made = "converted" if stage == "converted_10T" else stage
                 return self._examine(self.student(made), STAGES[stage].steps * r.T)
@@ -220,18 +222,23 @@ class Pipeline(Runner):
     def _make(self, stage: str) -> None:
         """Make the network of ``"converted"`` or ``"start"``, where its weights are not there yet."""
         path = files.inside(self.run_dir, stage) / "weights.safetensors"
-        if path.exists():
+        if distributed.of_main(path.exists):
             return
-        with self._lock:
-            path.parent.mkdir(exist_ok=True)
-            if not self.converts:
-                save_weights(path, self._build_snn())
-                return
-            before = self.student("converted" if stage == "start" else "ann")
-            random_state.seed_everything(self.recipe.seed)
-            images, labels = self._calibration_batch()
-            make = self._make_converted if stage == "converted" else self._make_start
-            save_weights(path, make(before, images, labels, path.parent))
+        with self._held():
+            previous = "converted" if stage == "start" else "ann"
+            before = self.student(previous) if self.converts else None
+
+            def make() -> None:
+                path.parent.mkdir(exist_ok=True)
+                if not self.converts:
+                    save_weights(path, self._build_snn())
+                    return
+                random_state.seed_everything(self.recipe.seed)
+                images, labels = self._calibration_batch()
+                made = self._make_converted if stage == "converted" else self._make_start
+                save_weights(path, made(before, images, labels, path.parent))
+
+            distributed.by_main(make)
 
     def _calibration_batch(self) -> tuple[Tensor, Tensor]:
         r = self.recipe
@@ -266,7 +273,7 @@ class Pipeline(Runner):
         self, folder: Path, objective: Objective, teacher: nn.Module | None = None
     ) -> dict[str, float]:
         r = self.recipe
-        check_settings(folder / "objective.json", {"objective": repr(objective)})
+        self._check_objective(folder, objective)
         snn = self.student("start")
         optimizer = Adam(snn.parameters(), lr=r.lr, weight_decay=r.weight_decay, amsgrad=r.amsgrad)
         trainer = Trainer(
@@ -283,7 +290,8 @@ class Pipeline(Runner):
         )
         cost = self._fit(trainer, r.epochs, r.batch)
         trainer.encoder = self.encoder()  # codes that whoever evaluates the kept network has too
-        return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | cost
+        seen = inspection.inspect(trainer, self._test(r.batch))
+        return distributed.of_main(lambda: inspection.results(seen)) | cost
 
     def _examine(self, snn: nn.Module, T: int | None = None) -> dict[str, object]:
         """Evaluate an SNN: accuracy after each step, and spikes."""
@@ -337,19 +345,17 @@ class Pipeline(Runner):
 
     def _load(self, stage: str, net: nn.Module) -> nn.Module:
         path = self.run_dir / folder_name(stage) / "weights.safetensors"
-        try:
-            return load_weights(path, net)
-        except CheckpointError as error:
-            if stage not in STAGES:
-                raise
+        error = self._fill(net, path)
+        if error is not None and stage in STAGES:
             log.warning("%s; the stage %s is run again", error, stage)
-        if stage in ("converted", "start"):
-            path.unlink(missing_ok=True)
-            self._make(stage)
-        else:
-            (path.parent / "result.json").unlink(missing_ok=True)
-            self._stage(stage)
-        return load_weights(path, net)
+            again = self._make if stage in ("converted", "start") else self._stage
+            stale = path if again == self._make else path.parent / "result.json"
+            distributed.by_main(lambda: stale.unlink(missing_ok=True))
+            again(stage)
+            error = self._fill(net, path)
+        if error is not None:
+            raise error
+        return net
 
 
 def converts(student: str) -> bool:
@@ -366,11 +372,12 @@ def to_snn(ann: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def build_encoder(recipe: Recipe, device: torch.device | str, T: int | None = None) -> nn.Module:
-    """A recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
+    """A recipe's encoder, for ``T`` steps instead of its own if given, seeded for each process."""
     T = T or recipe.T
     if recipe.encoding == "direct":
         return DirectEncoder(T)
-    return PoissonEncoder(T, torch.Generator(device).manual_seed(recipe.seed))
+    seed = recipe.seed + distributed.rank()
+    return PoissonEncoder(T, torch.Generator(device).manual_seed(seed))
 
 
 def lr_factor(schedule: str, epochs: int, epoch: int) -> float:

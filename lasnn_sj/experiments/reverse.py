@@ -20,9 +20,8 @@ from ..data.encoding import PoissonEncoder
 from ..data.events import EventFrames
 from ..distillation import CrossEntropy, DefaultKD, Objective, SparseKD
 from ..neurons import accelerate
-from ..runtime import files, random_state
-from ..runtime.files import check_settings
-from ..training.checkpoint import CheckpointError, load_weights
+from ..runtime import distributed, files, random_state
+from ..training.checkpoint import CheckpointError
 from ..training.evaluation import evaluate
 from ..training.options import TrainingOptions
 from ..training.trainer import Trainer
@@ -53,8 +52,7 @@ class ReversePipeline(Runner):
 
     Raises:
         ValueError: the folder holds a run of another recipe, data set or way of making frames; the message
-            lists what differs.
-        RuntimeError: several processes under torchrun.
+            lists what differs. Or torchrun started a number of processes that does not divide the batch.
 
     A row that another process works at in the same folder raises a ``LockError``.
     """
@@ -74,7 +72,7 @@ class ReversePipeline(Runner):
         self.encoder = encoder
         if isinstance(data.train, EventFrames):
             augment = data.train.augment and asdict(data.train.augment)
-            check_settings(self.run_dir / "frames.json", asdict(data.train.framing) | {"augment": augment})
+            self._check("frames.json", asdict(data.train.framing) | {"augment": augment})
 
     def run(self) -> dict[str, Result]:
         """Results by row: ``"alone"``, ``"sparse 0.1"``, ..., ``"default"``.
@@ -98,15 +96,17 @@ class ReversePipeline(Runner):
         """The trained network of a row."""
         net = self._build()
         path = self.run_dir / folder_name(row) / "weights.safetensors"
-        try:
-            return load_weights(path, net)
-        except CheckpointError as error:
-            if row != "alone":  # this one can be run again here
-                raise CheckpointError(f"{error}; remove {path.parent} to run that row again") from error
+        error = self._fill(net, path)
+        if error is not None and row != "alone":
+            raise CheckpointError(f"{error}; remove {path.parent} to run that row again") from error
+        if error is not None:  # this one can be run again here
             log.warning("%s; the row %s is run again", error, row)
-        (path.parent / "result.json").unlink(missing_ok=True)
-        self._row(row, CrossEntropy())
-        return load_weights(path, net)
+            distributed.by_main(lambda: (path.parent / "result.json").unlink(missing_ok=True))
+            self._row(row, CrossEntropy())
+            error = self._fill(net, path)
+        if error is not None:
+            raise error
+        return net
 
     def _sparse(self, ratio: float) -> Result:
         r, row = self.recipe, f"sparse {ratio:g}"
@@ -139,13 +139,15 @@ class ReversePipeline(Runner):
             options=TrainingOptions(precision=r.precision),
         )
         cost = self._fit(trainer, r.epochs, r.batch)
-        return inspection.results(inspection.inspect(trainer, self._test(r.batch))) | cost
+        seen = inspection.inspect(trainer, self._test(r.batch))
+        return distributed.of_main(lambda: inspection.results(seen)) | cost
 
     def _build(self) -> nn.Module:
         random_state.seed_everything(self.recipe.seed)
+        seed = self.recipe.seed + distributed.rank()
         for module in self.encoder.modules() if self.encoder is not None else ():
             if isinstance(module, PoissonEncoder) and module.generator is not None:
-                module.generator.manual_seed(self.recipe.seed)  # or a row would go on where another ended
+                module.generator.manual_seed(seed)  # or a row would go on where another ended
         build = getattr(models, self.recipe.student)
         d = self.data
         net = build(d.num_classes, d.in_channels, d.image_size, self.recipe.width)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,9 @@ from .. import models
 from ..analysis.stages import STAGES
 from ..data import events
 from ..data import images as data
-from ..runtime import files
+from ..runtime import distributed, files
 from ..runtime.files import check_settings
-from . import report, scales
-from .jobs import run_jobs
+from . import cluster, report, scales
 from .pipeline import Pipeline
 from .reverse import ReversePipeline
 from .runner import folder_name
@@ -75,9 +75,13 @@ class TableRunner:
         settings = scales.lasnn(row, self.scale, 0)
         name = settings.recipe.teacher
         folder, ready = self.run_dir / "teachers" / f"{row.dataset}-{name}", self._has_ready(row, name)
-        folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(self.teacher_checkpoint.read_bytes()).hexdigest() if ready else None
-        check_settings(folder / "checkpoint.json", {"checkpoint": digest})
+
+        def begin() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_settings(folder / "checkpoint.json", {"checkpoint": digest})
+
+        distributed.by_main(begin)
         if ready:
             return models.published_resnet20(self.teacher_checkpoint)
         # only what concerns the teacher: the recipe of a folder is compared when it is used again
@@ -136,13 +140,14 @@ class TableRunner:
 
     def finished(self, row: Row, seed: int) -> bool:
         """Return whether a row is finished."""
-        return (self.folder(row, seed) / folder_name(row.method) / "result.json").exists()
+        path = self.folder(row, seed) / folder_name(row.method) / "result.json"
+        return distributed.of_main(path.exists)
 
-    def work(self, job: tuple[str, list[Row], int], device: str) -> dict[tuple[str, int], str]:
+    def work(self, job: tuple[str, list[Row], int], device: str) -> dict[str, str]:
         """Train a teacher or intermediate ANN that rows share, or run the rows of one run folder.
 
         Returns:
-            Errors of rows, by name and seed; the other rows have been run.
+            Errors of rows, by :func:`label`; the other rows have been run.
         """
         what, rows, seed = job
         here, failed = replace(self, device=device), {}
@@ -156,10 +161,28 @@ class TableRunner:
                 else:
                     here.run(row, seed)
             except Exception as error:  # one row must not take the others' hours with it
+                if distributed.world_size() > 1:  # the others are in the midst of it
+                    raise
                 log.exception("%s of %s, seed %d failed", what, row.name, seed)
                 if what == "rows":  # those that need a teacher or ANN say so themselves
-                    failed[row.name, seed] = f"{type(error).__name__}: {error}"
+                    failed[label(row, seed)] = f"{type(error).__name__}: {error}"
         return failed
+
+    def job(self, described: tuple[str, list[Row], int]) -> cluster.Job:
+        """The job of :meth:`work`'s argument."""
+        what, rows, seed = described
+        if what == "rows":
+            folder = self.folder(rows[0], seed)
+            parts = {label(row, seed): folder / folder_name(row.method) for row in rows}
+            name = f"{folder.parent.name}-{folder.name}"
+        else:
+            teacher = scales.lasnn(rows[0], self.scale, 0).recipe.teacher
+            own = f"{rows[0].dataset}-{teacher if what == 'teacher' else f'{rows[0].net}-seed{seed}'}"
+            name = f"{what}-{own}"
+            parts = {f"{what} {own}": self.run_dir / f"{what}s" / own / what}
+        return cluster.Job(
+            name, described, lambda: {n: (path / "result.json").exists() for n, path in parts.items()}
+        )
 
     def _run_reverse(self, row: Row, seed: int) -> Mapping[str, object]:
         settings = scales.reverse_kd(row, self.scale, seed)
@@ -171,6 +194,11 @@ class TableRunner:
         return ReversePipeline(recipe, self.samples(row), folder, settings.encoder(), self.device).run()[
             row.method
         ]
+
+
+def label(row: Row, seed: int) -> str:
+    """A row and seed in words."""
+    return f"{row.name}, seed {seed}"
 
 
 def snn_teacher_of(row: Row, scale: Scale) -> Row:
@@ -188,6 +216,7 @@ def reproduce(
     teacher_checkpoint: str | Path | None = None,
     device: str | None = None,
     processes: int | None = None,
+    where: cluster.Cluster | None = None,
 ) -> str:
     """Run a table of the papers and write it beside the printed numbers.
 
@@ -210,17 +239,20 @@ def reproduce(
             where a row's teacher is a ResNet-20.
         device: ``"cpu"``, ``"cuda"``, ...; all GPUs if not given, the CPU where there is none.
         processes: how many rows run at once; one for each GPU, or on the CPU one, if not given.
+        where: a cluster, or in processes of this one.
 
     Returns:
-        The table in Markdown.
+        The table in Markdown, or with ``where.status`` the state of its rows.
 
     Raises:
         ExperimentError: no such table, row, scale or data set, or rows that failed (the others are written).
+        LockError: another launcher runs this table.
+        ClusterError: the cluster refuses a job.
     """
-    chosen = choose(table, rows, scale)
+    chosen, where = choose(table, rows, scale), where or cluster.Cluster()
     if seeds < 1:
         raise ExperimentError(f"seeds must be at least 1, got {seeds}")
-    devices = [device] if device else _devices()
+    devices = [device] if device else ["cpu"] if where.launcher or where.status else _devices()
     runner = TableRunner(
         scale,
         Path(root),
@@ -229,21 +261,33 @@ def reproduce(
         devices[0],
     )
     rows = [row for row in chosen if not row.cited]
-    _check_data(runner, rows)
-    runner.run_dir.mkdir(parents=True, exist_ok=True)
-    files.remove_parts(runner.run_dir, files.ABANDONED)
+    phases = _phases(runner, rows, seeds)
+    jobs, held = runner.run_dir / "cluster", runner.run_dir / "cluster" / f"table_{table}"
+    if where.status:
+        every = [runner.job(one) for phase in phases for one in phase]
+        return cluster.described(cluster.states(jobs, every, held))
+    distributed.initialise(torch.device(devices[0]))
+    distributed.main_first(lambda: _check_data(runner, rows))
+
+    def begin() -> None:
+        files.make_folder(runner.run_dir)
+        files.remove_parts(runner.run_dir, files.ABANDONED)
+
+    distributed.by_main(begin)
     log.info("table %s at scale %s: %d rows, %d seeds of each", table, scale, len(rows), seeds)
-    failed = _run_all(runner, rows, seeds, devices, processes or len(devices))
+    with cluster.running(where, jobs, held, devices, processes or len(devices), runner.job) as run:
+        failed = _run_all(runner, phases, run)
     results: Results = {}
     for row in rows:
         for seed in range(seeds):
-            if (row.name, seed) not in failed:
+            if label(row, seed) not in failed:
                 results[row, seed] = runner.run(row, seed)
-    text = report.write(
-        runner.run_dir / f"table_{table}", table, TABLES[table], scale, results, chosen, runner.device
+    stem = runner.run_dir / f"table_{table}"
+    text = distributed.of_main(
+        lambda: report.write(stem, table, TABLES[table], scale, results, chosen, runner.device)
     )
     if failed:
-        listed = "; ".join(f"{name}, seed {seed}: {why}" for (name, seed), why in failed.items())
+        listed = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise ExperimentError(
             f"{len(failed)} of {len(rows) * seeds} rows failed (the others are kept): {listed}"
         )
@@ -299,7 +343,10 @@ def _run_of(row: Row, scale: Scale) -> tuple:
 
 
 def _devices() -> list[str]:
+    """All GPUs, or the CPU; under torchrun each process has its own."""
     count = torch.cuda.device_count()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["cuda" if count else "cpu"]
     return [f"cuda:{i}" for i in range(count)] or ["cpu"]
 
 
@@ -327,15 +374,17 @@ def _phases(runner: TableRunner, rows: Sequence[Row], seeds: int) -> list[list[t
 
 
 def _run_all(
-    runner: TableRunner, rows: Sequence[Row], seeds: int, devices: Sequence[str], processes: int
-) -> dict[tuple[str, int], str]:
-    """Run everything; returns why rows failed, by name and seed."""
-    failed: dict[tuple[str, int], str] = {}
-    phases = _phases(runner, rows, seeds)
+    runner: TableRunner, phases: Sequence[Sequence[tuple[str, list[Row], int]]], run: Callable
+) -> dict[str, str]:
+    """Run everything; returns why rows failed, by :func:`label`."""
+    failed: dict[str, str] = {}
     begun, done, total = time.monotonic(), 0, sum(map(len, phases))
     for jobs in phases:
-        for (_, chosen, seed), errors, error in run_jobs(runner.work, jobs, devices, processes):
-            failed |= errors if error is None else {(row.name, seed): error for row in chosen}
+        for (what, chosen, seed), errors, error in run(runner.work, jobs):
+            if error is not None:
+                log.error("%s of %s, seed %d: %s", what, chosen[0].name, seed, error)
+                errors = {label(row, seed): error for row in chosen} if what == "rows" else {}
+            failed |= errors or {}
             done += 1
             left = (time.monotonic() - begun) / done * (total - done) / 60
             log.info("%d of %d jobs done, about %.0f minutes left", done, total, left)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from ..runtime.cost import Cost
 from ..runtime.files import check_settings
 from ..runtime.locks import FolderLock
 from ..training import fingerprint
-from ..training.checkpoint import save_weights
+from ..training.checkpoint import CheckpointError, load_weights, save_weights
 from ..training.trainer import Trainer
 from .recipes import Recipe, ReverseRecipe
 
@@ -47,6 +47,8 @@ class Data(Protocol):
 class Runner:
     """Base class of what runs stages in a folder; a finished stage is not run again.
 
+    Under torchrun the batch of every training is shared out to the processes; process 0 alone writes.
+
     Args:
         recipe: the description.
         data: images or event frames.
@@ -55,8 +57,8 @@ class Runner:
         settings: described in ``recipe.json``, against which a later run in this folder is held.
 
     Raises:
-        ValueError: the folder holds a run with other settings or data; the message lists what differs.
-        RuntimeError: several processes under torchrun.
+        ValueError: the folder holds a run with other settings or data; the message lists what differs. Or
+            the processes cannot share a batch equally.
     """
 
     def __init__(
@@ -67,25 +69,56 @@ class Runner:
         device: torch.device | str,
         settings: Mapping[str, object],
     ) -> None:
-        distributed.refuse(type(self).__name__)
         self.recipe, self.data = recipe, data
-        self.device, self.run_dir = torch.device(device), Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        files.remove_parts(self.run_dir, files.ABANDONED)
+        self.device, self.run_dir = distributed.initialise(torch.device(device)), Path(run_dir)
+        for name in ("teacher_batch", "ann_batch", "batch"):
+            distributed.share_batch(f"recipe.{name}", getattr(recipe, name, 0))
+        distributed.by_main(self._begin)
         self._lock = FolderLock(self.run_dir)
-        check_settings(self.run_dir / "recipe.json", settings)
+        self._check("recipe.json", settings)
         parts = {"train": data.loaders(1)[0], "test": data.test_loader(1)}
-        digests = {name: fingerprint.data(loader, {}) for name, loader in parts.items()}
-        check_settings(self.run_dir / "data.json", digests)
+        self._check("data.json", {name: fingerprint.data(loader, {}) for name, loader in parts.items()})
+
+    def _begin(self) -> None:
+        files.make_folder(self.run_dir)
+        files.remove_parts(self.run_dir, files.ABANDONED)
+
+    def _check(self, name: str, settings: Mapping[str, object]) -> None:
+        """Hold settings against those in a file of the folder, which is written where it is not there."""
+        distributed.by_main(lambda: check_settings(self.run_dir / name, settings))
 
     def _hold_to(self, name: str, net: nn.Module) -> None:
         """Refuse a network that was given before with other weights, or as another one."""
         said = {"class": type(net).__name__, "weights": fingerprint.weights(net.state_dict())}
-        check_settings(self.run_dir / f"given_{name}.json", said)
+        self._check(f"given_{name}.json", said)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock of the whole folder."""
+        distributed.by_main(self._lock.__enter__)
+        try:
+            yield
+        finally:
+            if distributed.is_main():
+                self._lock.__exit__()
+
+    def _fill(self, net: nn.Module, path: Path) -> CheckpointError | None:
+        """Give a network the weights in a file; returns why they cannot be used."""
+        error = None
+        if distributed.is_main():
+            try:
+                load_weights(path, net)
+            except CheckpointError as own:
+                error = own
+        error = distributed.from_main(error)
+        if error is None:
+            distributed.take_network_from_main(net)
+        return error
 
     def _finished(self, name: str) -> dict | None:
         """Result of a stage, ``None`` where it is not finished."""
-        return files.read_json(files.inside(self.run_dir, f"{folder_name(name)}/result.json"))
+        path = f"{folder_name(name)}/result.json"
+        return distributed.of_main(lambda: files.read_json(files.inside(self.run_dir, path)))
 
     def _result(
         self,
@@ -105,23 +138,24 @@ class Runner:
         result = self._finished(name)
         if result is not None:
             return result
-        with self._lock if whole_folder else nullcontext():
+        with self._held() if whole_folder else nullcontext():
             prepare()
             folder = self.run_dir / folder_name(name)
-            folder.mkdir(exist_ok=True)
-            files.remove_parts(folder, files.ABANDONED)
-            self._describe()
+            distributed.by_main(lambda: self._describe(folder))
             log.info("%s of %s", name, self.run_dir)
             # A stage's result must not depend on which others this process has run.
             random_state.seed_everything(self.recipe.seed)
             with Cost(self.device) as cost:
                 result = run(folder)
             result |= {"seconds": cost.seconds, "peak_memory_mib": cost.peak_memory_mib}
-            files.write_json(folder / "result.json", result)
+            result = distributed.from_main(result)
+            distributed.by_main(lambda: files.write_json(folder / "result.json", result))
         return result
 
-    def _describe(self) -> None:
+    def _describe(self, folder: Path) -> None:
         d = self.data
+        folder.mkdir(exist_ok=True)
+        files.remove_parts(folder, files.ABANDONED)
         about = {
             "kind": type(self).__name__, "data": d.name, "num_classes": d.num_classes,
             "in_channels": d.in_channels, "image_size": d.image_size, "test": len(d.test),
@@ -132,10 +166,12 @@ class Runner:
     def _fit(self, trainer: Trainer, epochs: int, batch: int) -> dict[str, float]:
         """Train to the end and keep the weights; returns the median seconds of an epoch."""
         r = self.recipe
-        train, held = self.data.loaders(batch, r.workers, seed=r.seed)
+        own = distributed.share_batch("batch", batch)
+        train, held = self.data.loaders(own, r.workers, seed=r.seed)
         validation = None if self.data.validation is None else held
         history = trainer.fit(train, validation, epochs, r.validate_every)
-        save_weights(trainer.run_dir / "weights.safetensors", trainer.student)
+        path = trainer.run_dir / "weights.safetensors"
+        distributed.by_main(lambda: save_weights(path, trainer.student))
         return {"seconds_per_epoch": statistics.median(row["seconds"] for row in history)}
 
     def _test(self, batch: int) -> DataLoader:

@@ -21,7 +21,7 @@ from ..data import images as data
 from ..data.encoding import DirectEncoder
 from ..data.images import ImageData
 from ..neurons import disable_malloc_trim
-from ..runtime import files
+from ..runtime import distributed, files
 from . import config, pipeline, reverse
 from .recipes import Recipe, ReverseRecipe
 
@@ -80,7 +80,7 @@ class Experiment(ABC):
     @functools.cached_property
     def data(self) -> ImageData | events.EventData:
         """The data set with its validation part, loaded when it is first asked for."""
-        return self._limit(hold_out(self._load(), self.validation_images))
+        return self._limit(hold_out(distributed.main_first(self._load), self.validation_images))
 
     def run(self) -> dict[int, Mapping[str, Mapping[str, float]]]:
         """All rows of all seeds; prints and writes the table after each seed.
@@ -95,14 +95,19 @@ class Experiment(ABC):
         if self.device == "cpu":
             disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
         parts = {seed: self.part(seed) for seed in self.seeds}  # raises where the folder is another run's
-        config.write(self.run_dir / FILE, {"method": self.method} | config.plain(self))
+        described = {"method": self.method} | config.plain(self)
+        distributed.by_main(lambda: config.write(self.run_dir / FILE, described))
         results = {}
         for seed, part in parts.items():
             results[seed] = self._run_part(part)
-            text = self._table(results)
-            files.write(self.run_dir / "table.md", text + "\n")
-            print(f"\n{self.title()}\n{text}")
+            distributed.by_main(lambda: self._publish(results))
         return results
+
+    def _publish(self, results: Mapping[int, Mapping]) -> None:
+        """Write and print the table."""
+        text = self._table(results)
+        files.write(self.run_dir / "table.md", text + "\n")
+        print(f"\n{self.title()}\n{text}")
 
     def student(self, seed: int, row: str) -> nn.Module:
         """A row's trained student.
@@ -186,6 +191,7 @@ class Experiment(ABC):
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             last = torch.cuda.device_count() - 1
             raise ValueError(f"device is {self.device}, but the CUDA devices are cuda:0 to cuda:{last}")
+        distributed.initialise(device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,15 @@ import atexit
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+PATIENCE = timedelta(hours=6)  # the others wait while process 0 converts, balances or calibrates alone
+Result = TypeVar("Result")
 
 
 def initialise(device: torch.device) -> torch.device:
@@ -23,7 +28,16 @@ def initialise(device: torch.device) -> torch.device:
 
     Returns:
         The device, on CUDA the one of this process' ``LOCAL_RANK``.
+
+    Raises:
+        ValueError: a CUDA device by number that is not this process' own.
     """
+    if device.type == "cuda" and device.index is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        if device.index != int(os.environ["LOCAL_RANK"]):
+            raise ValueError(
+                f"device is {device}, but torchrun gives this process cuda:{os.environ['LOCAL_RANK']}; give "
+                f"device cuda"
+            )
     if not dist.is_initialized():
         if not dist.is_available() or "TORCHELASTIC_RUN_ID" not in os.environ:
             return device
@@ -35,23 +49,13 @@ def initialise(device: torch.device) -> torch.device:
         # torchrun's store outlives a restart, with the addresses of the processes that died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
         atexit.register(_leave)
         if dist.get_rank() > 0:  # each message once
             logging.getLogger(__package__.partition(".")[0]).setLevel(logging.WARNING)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
-
-
-def refuse(what: str) -> None:
-    """Raise :class:`RuntimeError` where ``torchrun`` started several processes of what only one can do."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if "TORCHELASTIC_RUN_ID" in os.environ and count > 1:
-        raise RuntimeError(
-            f"{what} writes its run folder from one process, torchrun started {count}; train with "
-            f"LaSNNTrainer there, or start it without torchrun"
-        )
 
 
 def _leave() -> None:
@@ -128,6 +132,43 @@ def by_main(call: Callable[[], None]) -> None:
     message = from_main(error and f"{type(error).__name__} in process 0: {error}")
     if message is not None:
         raise error or RuntimeError(message)
+
+
+def of_main(call: Callable[[], Result]) -> Result:
+    """Return what process 0 computes; where it fails, all do, as in :func:`by_main`."""
+    results = []
+    by_main(lambda: results.append(call()))
+    return from_main(results[0] if results else None)
+
+
+def main_first(call: Callable[[], Result]) -> Result:
+    """Let process 0 do something before the others, which find what it has downloaded."""
+    results = []
+    by_main(lambda: results.append(call()))
+    return results[0] if results else call()
+
+
+def share_batch(name: str, batch: int) -> int:
+    """Return each process' part of a batch.
+
+    Raises:
+        ValueError: the batch cannot be divided.
+    """
+    count = world_size()
+    if batch % count:
+        near = [n for n in (batch // count * count, -(-batch // count) * count) if n]
+        raise ValueError(
+            f"{name} is {batch}, which {count} processes cannot share equally; give "
+            f"{' or '.join(map(str, near))}, or start another number of processes"
+        )
+    return batch // count
+
+
+def take_network_from_main(net: nn.Module) -> None:
+    """Fill a network with the weights and buffers of process 0's."""
+    if world_size() > 1:
+        own = {name: tensor.cpu() for name, tensor in net.state_dict().items()} if is_main() else None
+        net.load_state_dict(from_main(own))
 
 
 def take_from_main(tensor: Tensor) -> None:

@@ -60,6 +60,19 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written there; the message names it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+
+
 def append(path: Path, text: str) -> None:
     """Add text to the end of a file, flushed to the disk; made if it is not there, never through a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

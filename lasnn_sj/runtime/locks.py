@@ -78,7 +78,7 @@ class FolderLock:
     def _acquire(self) -> None:
         own = _place() | {
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            "started": started(os.getpid()),
             "since": datetime.now().astimezone().isoformat(timespec="seconds"),
             "token": uuid.uuid4().hex,
         }
@@ -126,7 +126,7 @@ class FolderLock:
     def _is_stale(self, owner: Mapping[str, object], who: str) -> bool | None:
         """Return whether the holder is gone; ``None`` where the lock itself changed hands meanwhile."""
         if {name: owner.get(name) for name in _place()} == _place() and isinstance(owner.get("pid"), int):
-            return not _alive(owner["pid"], owner.get("started"))
+            return not alive(owner["pid"], owner.get("started"))
         patience = STALE if "token" in owner else CUT
         log.warning(
             "%s is in use by %s; waiting for a sign of life, %g s at most", self.path.parent, who, patience
@@ -179,6 +179,15 @@ def _read(path: Path) -> dict[str, object] | None:
     return (owner if isinstance(owner, dict) else {}) | {"beat": beat}
 
 
+def holder(folder: Path) -> dict[str, object] | None:
+    """Return ``host``, ``pid`` and ``since`` of a folder's holder; ``None`` for nobody or a dead one."""
+    owner = _read(folder / NAME)
+    here = owner is not None and {name: owner.get(name) for name in _place()} == _place()
+    if owner is None or (here and not alive(owner.get("pid", 0), owner.get("started"))):
+        return None
+    return owner
+
+
 def _place() -> dict[str, object]:
     """Name the scope in which a process number is unique: host, boot, and PID namespace."""
     boot = namespace = None
@@ -190,7 +199,8 @@ def _place() -> dict[str, object]:
     return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
 
 
-def _alive(pid: int, started: object) -> bool:
+def alive(pid: int, since: object) -> bool:
+    """Return whether a process of this machine runs that started then; see :func:`started`."""
     try:
         if pid < 1:
             return False
@@ -199,11 +209,11 @@ def _alive(pid: int, started: object) -> bool:
         return False
     except PermissionError:  # another user's
         pass
-    now = _started(pid)
-    return now != "ended" and (now is None or started is None or now == started)
+    now = started(pid)
+    return now != "ended" and (now is None or since is None or now == since)
 
 
-def _started(pid: int) -> str | None:
+def started(pid: int) -> str | None:
     """When a process started, in the kernel's ticks; ``None`` where nobody says, ``"ended"`` of a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -24,11 +24,14 @@ class Batch:
         content: the batch, as the loader gave it.
         position: number within the epoch, from 0 on.
         indices: of its samples in the data set, where they are known.
+        weight: of its mean loss in the mean over the processes; 0 of a process that has no sample left for
+            the epoch's last step, and computes one of another's only to take part.
     """
 
     content: object
     position: int
     indices: list[int] | None
+    weight: float = 1.0
 
 
 class TrainingBatches:
@@ -36,9 +39,9 @@ class TrainingBatches:
 
     A plain :class:`~torch.utils.data.DataLoader` of a map-style data set keeps its order. Several
     processes share it: they take turns with its samples, so that two of them with batches of ``B`` see
-    together what one would see in a batch of ``2 B``; the last few samples are made up from the first so that
-    all have equally many. A :class:`~torch.utils.data.DistributedSampler` is left as it is and told the
-    epoch. Any other loader must give each process its own batches.
+    together what one would see in a batch of ``2 B``. The samples of the last step are shared as evenly as
+    they go, and weighted so that each counts the same. A :class:`~torch.utils.data.DistributedSampler` is
+    left as it is and told the epoch. Any other loader must give each process its own batches.
 
     Positions are skipped for nothing where the loader has no workers; else what lies before is loaded again
     and dropped, because a worker's random numbers depend on what it has loaded.
@@ -101,7 +104,8 @@ class TrainingBatches:
                 return
             indices = self._order.given.popleft() if self._order is not None else None
             if position >= start:
-                yield Batch(content, position, indices)
+                weight = 1.0 if self._order is None else self._order.weight(position)
+                yield Batch(content, position, indices, weight)
 
 
 class _Order:
@@ -122,8 +126,17 @@ class _Order:
             return len(loader.batch_sampler)
         if loader.batch_size is None:
             return len(loader.batch_sampler) // processes
-        mine = math.ceil(len(loader.sampler) / processes) / loader.batch_size
-        return math.floor(mine) if loader.drop_last else math.ceil(mine)
+        steps = len(loader.sampler) / (loader.batch_size * processes)
+        return math.floor(steps) if loader.drop_last else math.ceil(steps)
+
+    def weight(self, position: int) -> float:
+        """This process' part of a step's samples, in units of an equal part."""
+        if not self._shares or self._loader.batch_size is None:
+            return 1.0
+        rank, processes = distributed.rank(), distributed.world_size()
+        whole = self._loader.batch_size * processes
+        count = min(whole, len(self._loader.sampler) - position * whole)
+        return len(range(rank, count, processes)) * processes / count
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = iter(self._share() if self._shares else self._loader.batch_sampler)
@@ -143,11 +156,13 @@ class _Order:
         loader, rank, processes = self._loader, distributed.rank(), distributed.world_size()
         if loader.batch_size is None:  # a batch sampler of the user's: whole batches in turn
             batches = distributed.from_main([list(b) for b in loader.batch_sampler] if rank == 0 else None)
-            return iter(batches[rank : len(batches) // processes * processes : processes])
+            yield from batches[rank : len(batches) // processes * processes : processes]
+            return
         order = distributed.from_main(list(loader.sampler) if rank == 0 else None)
-        even = math.ceil(len(order) / processes) * processes
-        mine = list(itertools.islice(itertools.cycle(order), even))[rank::processes]
-        return iter(BatchSampler(mine, loader.batch_size, loader.drop_last))
+        whole = loader.batch_size * processes
+        for start in range(0, len(self) * whole, whole):
+            step = order[start : start + whole]
+            yield step[rank::processes] or step[:1]
 
 
 def parts_of(*loaders: Iterable | None) -> list[object]:

@@ -83,11 +83,18 @@ class EpochMetrics:
         scores: Tensor,
         labels: Tensor,
         logged: dict[str, Tensor] | None = None,
+        counts: bool = True,
     ) -> None:
-        """Add a step's parts of the loss, class scores ``[N, K]``, labels ``[N]`` and logged numbers."""
-        self.correct.update(scores, labels)
+        """Add a step's parts of the loss, class scores ``[N, K]``, labels ``[N]`` and logged numbers.
+
+        A step that does not count (another process has its samples) adds nothing but the names.
+        """
+        if counts:
+            self.correct.update(scores, labels)
         loss = {"loss": sum(parts.values())}
-        weight = torch.full((), float(len(labels)), device=self.device)  # a number would be copied there
+        weight = torch.full(
+            (), float(len(labels) if counts else 0), device=self.device
+        )  # a number would be copied there
         # The loss comes first, and is the sum even where a part has its name.
         for name, part in (loss | parts | (logged or {}) | loss).items():
             self._loss(name).update(part, weight)

@@ -20,6 +20,7 @@ from ..distillation.teacher import TeacherForward
 from ..models.readout import class_scores, resolve_readout
 from ..runtime import distributed
 from . import nonfinite
+from .batch_norm import SyncedBatchNorm, has_batch_norm
 from .evaluation import batch_axis, evaluating
 from .fingerprint import sentence
 from .forward import StudentForward
@@ -75,6 +76,7 @@ class TrainingStep:
         self._forward: nn.Module | None = None
         self._prepared_for: object = None
         self._accumulated = False
+        self._weight, self._has_batch_norm = 1.0, False
         self._checks: LateChecks | None = None
         self._stopped: Tensor | None = None  # whether a bad step has stopped the training
 
@@ -99,13 +101,19 @@ class TrainingStep:
             self._checks = LateChecks(self.late_on_cpu)
         return self._checks
 
-    def run(self, images: Tensor, labels: Tensor) -> StepResult:
+    def run(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> StepResult:
         """Run one step of training on a batch that lies on the device already.
+
+        Args:
+            images: batch for encoder or student.
+            labels: ``[N]``.
+            weight: of this process' loss in the mean over the processes; see :class:`.dataloader.Batch`.
 
         Raises:
             NonFiniteError: the loss or its gradient is not finite; the student keeps its weights. A step that
                 checks late does not raise it.
         """
+        self._weight = weight
         try:
             with self.checking():
                 if self.late:
@@ -150,7 +158,7 @@ class TrainingStep:
                 with nullcontext() if together else self._forward.no_sync():
                     parts, signals = self._agreed_loss(piece, piece_labels)
                     share = len(piece_labels) / len(labels)
-                    trainer.mixed_precision.backward(sum(parts.values()) * share)
+                    trainer.mixed_precision.backward(sum(parts.values()) * (share * self._weight))
                 functional.reset_net(trainer.student)
                 scores.append(signals.scores.detach().clone())  # a CUDA graph's next replay overwrites them
                 _add(result.parts, parts, share, trainer.device)
@@ -173,7 +181,8 @@ class TrainingStep:
         """Parts of the loss, and the signals that the objective had."""
         trainer = self.trainer
         x = images if trainer.encoder is None else trainer.encoder(images)
-        with trainer.mixed_precision.autocast():
+        together = SyncedBatchNorm(self._weight > 0) if self._has_batch_norm else nullcontext()
+        with trainer.mixed_precision.autocast(), together:
             try:
                 outputs, read = self._forward(x)
             except ValueError as error:  # on the CPU neurons refuse what is not finite
@@ -310,6 +319,12 @@ class TrainingStep:
             forward.compile(backend="cudagraphs")
         elif trainer.options.compile:
             forward.compile()
+        self._has_batch_norm = distributed.world_size() > 1 and has_batch_norm(student)
+        if self._has_batch_norm and trainer.options.compile:
+            raise ValueError(
+                "compile cannot be used with batch norm on several processes, which compute its statistics "
+                "together; give compile=False"
+            )
         if distributed.world_size() > 1:
             unused = distributed.any_of([self._has_unused(look.inputs)], trainer.device)[0]
             forward = DistributedDataParallel(forward, find_unused_parameters=unused)

@@ -328,7 +328,7 @@ class Trainer:
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
             epoch.position = batch.position + 1
             try:
-                result = self._step.run(images, labels)
+                result = self._step.run(images, labels, batch.weight)
             except NonFiniteError as error:
                 self._leave_out(error, where, batch, images, labels)
                 continue
@@ -346,7 +346,7 @@ class Trainer:
         if epoch.metrics is None:
             gave = f"only batches that were left out, {epoch.skipped}" if epoch.skipped else "no batch"
             raise BatchError(f"the training loader gave {gave} in epoch {epoch.number}")
-        for buffer in self.student.buffers():  # batch norm's: the main process' are used and saved
+        for buffer in self.student.buffers():  # the main process' are used and saved
             distributed.take_from_main(buffer)
         row = {"epoch": epoch.number} | epoch.metrics.compute() | {"lr": self._lr, "seconds": epoch.seconds}
         return row | ({"skipped": epoch.skipped} if epoch.skipped else {})
@@ -365,9 +365,10 @@ class Trainer:
             self.progress.step += 1
             if epoch.metrics is None:
                 epoch.metrics = EpochMetrics(self._step.num_classes, self.device)
-            epoch.metrics.update(result.parts, result.scores, labels, result.logged)
+            epoch.metrics.update(result.parts, result.scores, labels, result.logged, batch.weight > 0)
             if self._folder is not None:
-                self._folder.add_step(self.step, epoch.number, self._lr, result.parts)
+                weighted = {name: part * batch.weight for name, part in result.parts.items()}
+                self._folder.add_step(self.step, epoch.number, self._lr, weighted)
             for callback in callbacks:
                 callback.on_step(self, result.parts)
             bar.update()

@@ -260,14 +260,6 @@ def test_table_by_hand():
     ]
 
 
-def test_several_processes_are_refused(digits, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="Pipeline writes its run folder from one process"):
-        Pipeline(TINY, digits, tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("file", ["result.json", "weights.safetensors"])
 @pytest.mark.parametrize("content", [b"", b'{"top1": 4'])
 def test_a_stage_whose_files_are_cut_is_run_again(finished, digits, tmp_path, caplog, file, content):

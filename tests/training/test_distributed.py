@@ -3,17 +3,14 @@
 import csv
 import logging
 import os
-import pickle
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from options import with_options
+from processes import kill_a_worker_after_a_checkpoint, together
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
@@ -27,46 +24,6 @@ from lasnn_sj.training.evaluation import evaluate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "many_processes.py"
 K = 4
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def together(call, processes=2):
-    """``call(rank)`` in forked processes that find torchrun's environment; their results by rank."""
-    port, pipes, children = free_port(), [], []
-    for rank in range(processes):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {
-                    "TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
-                distributed.initialise(torch.device("cpu"))
-                result = call(rank)
-                with open(write, "wb") as file:
-                    file.write(pickle.dumps(result))
-                torch.distributed.destroy_process_group()
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        os.close(write)
-        pipes.append(read)
-        children.append(child)
-    results = [open(read, "rb").read() for read in pipes]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * processes
-    return [pickle.loads(result) for result in results]
 
 
 def data(n=26):
@@ -178,23 +135,38 @@ class Answer(nn.Module):
         return nn.functional.one_hot(x[:, 0].long(), K).float()
 
 
-def test_batch_norm_is_evaluated_as_it_is_saved(tmp_path):
-    """Its running statistics are process 0's, on all processes."""
+def norms(spiking):
+    torch.manual_seed(0)
+    if spiking:
+        return models.spiking_resnet18(K, in_channels=1, image_size=8, width=0.05)
+    return models.teacher_resnet20(K, in_channels=1, width=0.125).double()
 
-    def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, K))
 
-    def run(rank):
-        trainer = LaSNNTrainer(net(), attention=None, seed=0)
-        history = trainer.fit(loader(24, batch=4), loader(13), epochs=1)
-        return history[0]["val_loss"], {n: t.clone() for n, t in trainer.student.state_dict().items()}
+@pytest.mark.parametrize(("spiking", "rel"), [(False, 1e-8), (True, 1e-3)])
+def test_batch_norm_is_that_of_the_whole_batch(spiking, rel):
+    """17 samples: steps of 16 and of 1, of which the second process has none. The ANN is in float64."""
+    arguments = {"encoder": DirectEncoder(3) if spiking else None, "attention": None, "seed": 0}
 
-    (loss, weights), (_, other) = together(run)
-    assert all(torch.equal(weights[name], other[name]) for name in weights)
-    saved = net()
-    saved.load_state_dict(weights)
-    assert evaluate(saved, loader(13))["loss"] == pytest.approx(loss, rel=1e-6)
+    def run(batch):
+        net = norms(spiking)
+        x, y = data(17)[:]
+        generator = torch.Generator().manual_seed(3)
+        samples = TensorDataset(x if spiking else x.double(), y)
+        train = DataLoader(samples, batch, shuffle=True, generator=generator)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        trainer = LaSNNTrainer(net, optimizer=optimizer, **arguments)
+        history = trainer.fit(train, DataLoader(samples, 5), epochs=2)
+        return history, {n: t.clone() for n, t in trainer.student.state_dict().items()}
+
+    history, weights = run(16)
+    (first, one), (second, other) = together(lambda rank: run(8))
+    for row, ours, theirs in zip(history, first, second):
+        for name in ("loss", "top1", "val_loss", "val_top1"):
+            assert ours[name] == theirs[name]
+            assert ours[name] == pytest.approx(row[name], rel=max(rel, 1e-6)), name
+    for name, tensor in weights.items():
+        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], tensor, rtol=rel, atol=rel / 10)
 
 
 class Subclass(DataLoader):
@@ -274,18 +246,54 @@ def test_a_process_without_a_sample_to_evaluate():
 
 
 def test_samples_are_shared_out_in_the_order_of_one():
-    """Steps of two processes hold what a step of one holds; a sample more makes the last even."""
+    """Steps of two processes hold what a step of one holds; of 13 samples the last step has one."""
     whole = [b.indices for b in TrainingBatches(loader(13, batch=4)).epoch(1, 0, lambda: None)]
 
     def run(rank):
         batches = TrainingBatches(loader(13, batch=2))
-        return len(batches), [b.indices for b in batches.epoch(1, 0, lambda: None)]
+        return len(batches), [(b.indices, b.weight) for b in batches.epoch(1, 0, lambda: None)]
 
     (n, first), (_, second) = together(run)
     assert n == len(first) == len(second) == 4
-    for one, two, both in zip(first[:3], second, whole):
+    for (one, w1), (two, w2), both in zip(first[:3], second, whole):
         assert sorted(one + two) == sorted(both)
-    assert first[3] + second[3] == [*whole[3], whole[0][0]]
+        assert w1 == w2 == 1
+    assert first[3] == (whole[3], 2)
+    assert second[3] == (whole[3], 0)  # takes part, and counts for nothing
+
+
+def test_a_step_that_is_not_whole_is_dropped_as_one_process_drops_it():
+    def run(rank):
+        return len(TrainingBatches(loader(15, batch=4, drop_last=True)))
+
+    assert together(run) == [1, 1]
+    assert len(TrainingBatches(loader(15, batch=8, drop_last=True))) == 1
+
+
+def test_uneven_last_steps_weigh_each_sample_alike():
+    """11 samples: steps of 4, 4 and 3, the last one as 2 and 1."""
+
+    def run(batch):
+        torch.manual_seed(0)
+        trainer = Trainer(nn.Sequential(nn.Flatten(), nn.Linear(64, K)), seed=0)
+        trainer.fit(loader(11, batch=batch), epochs=2)
+        return trainer.history, trainer.student[1].weight.detach().clone()
+
+    history, weight = run(4)
+    (rows, one), (_, other) = together(lambda rank: run(2))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in history], rel=1e-5)
+    assert [row["top1"] for row in rows] == [row["top1"] for row in history]
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    def run(rank):
+        with pytest.raises(ValueError, match="recipe.batch is 33, which 2 processes .* give 32 or 34"):
+            distributed.share_batch("recipe.batch", 33)
+        return distributed.share_batch("recipe.batch", 32)
+
+    assert together(run) == [16, 16]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -396,14 +404,3 @@ def test_a_worker_killed_under_torchrun_leads_to_a_restart_from_the_last_checkpo
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == list(range(1, 2 * 12 + 1))  # 1437 images in batches of twice 64
     assert "of 360 images" in text
-
-
-def kill_a_worker_after_a_checkpoint(launcher, folder):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir()):
-            children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            return True
-        time.sleep(0.02)
-    return False
