@@ -225,6 +225,13 @@ def worker_killed() -> dict[str, int]:
     }
 
 
+def stages_killed(count: int) -> dict[str, int]:
+    """The test that kills one of two processes in each stage of a pipeline, so many times."""
+    os.environ["STAGE_KILLS"] = str(count)
+    lost = _pytest("tests/experiments/test_torchrun.py", "-k", "killed_in_each_stage")
+    return {"tried": count, "lost": int(lost != 0)}
+
+
 def hostile(examples: int) -> dict[str, int]:
     """The fuzzer of ``tests/test_hostile_files.py``, so many files of each kind."""
     os.environ["HOSTILE_EXAMPLES"] = str(examples)
@@ -407,6 +414,7 @@ def main() -> None:
                 checkpoints_damaged=lambda: damage(a.files),
                 full_disk=full_disk,
                 worker_killed_under_torchrun=worker_killed,
+                processes_killed_in_each_stage=lambda: stages_killed(10),
             ),
         )
     if a.what in ("all", "fuzz"):
