@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lasnn_sj import models
+from lasnn_sj.data import images
 from lasnn_sj.experiments import ExperimentError, reproduce, scales
 from lasnn_sj.experiments.pipeline import Pipeline
 from lasnn_sj.experiments.reverse import ReversePipeline
@@ -127,10 +128,11 @@ def test_what_does_not_exist_is_listed(tmp_path):
 
 
 def test_missing_data_sets_are_named_in_a_line_each_before_anything_is_trained(tmp_path, monkeypatch):
-    def absent(name, root, augment, download):
+    def absent(name, root, *_):
         raise FileNotFoundError(f"{name} could not be read from {root}")
 
-    monkeypatch.setattr("lasnn_sj.data.images._cifar", absent)
+    for name in ("cifar10", "cifar100"):
+        monkeypatch.setitem(images._LOADERS, name, absent)
     with pytest.raises(ExperimentError) as stopped:
         reproduce("II", scale="full", seeds=1, root=tmp_path, run_dir=tmp_path / "runs")
     first, *lines = str(stopped.value).splitlines()

@@ -88,7 +88,7 @@ def test_a_run_cut_off_within_epochs_equals_one_left_alone(tmp_path, alone, work
 
 
 def test_three_kills():
-    """SIGKILL in a process of its own; `benchmarks/robustness.py kills` does more."""
+    """SIGKILL in a process of its own; `benchmarks/faults.py` does more."""
     assert robustness.kills(3, epochs=3) == {"kills": 3, "steps": 33, "lost": 0}
 
 
