@@ -69,6 +69,8 @@ class StopRequest:
         Raises:
             Stopped: a signal came and ``at_once`` is set, or it has ended a loader's worker.
         """
+        if at_once and self.signal is not None:  # it came just before
+            raise Stopped
         self._at_once = at_once
         if self._on_child is not None:
             signal.signal(signal.SIGCHLD, self._on_child)

@@ -145,6 +145,15 @@ def test_a_signal_ends_a_validation_at_once(tmp_path, alone):
     assert all("val_top1" in row for row in trainer.history)
 
 
+def test_a_signal_between_the_last_step_and_the_validation_ends_it_at_once():
+    reached = False
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped), stop.safely(at_once=True):
+            reached = True
+    assert not reached
+
+
 def test_a_worker_that_dies_by_itself_is_an_error():
     with StopRequest() as stop, pytest.raises(RuntimeError, match="DataLoader worker"), stop.safely():
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
