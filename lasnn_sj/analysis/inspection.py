@@ -116,7 +116,7 @@ def inspect_student(
         teacher: network from images to logits; without one there are only the student's maps.
         loader: test batches ``(images, labels)``, iterated about four times.
         encoder: encodes images ``[N, ...]`` as ``[T, N, ...]``; ``None`` for event frames.
-        run_dir: folder of the files; made if it is not there.
+        run_dir: folder of the files, created if missing.
         attention: objective whose maps and pairs are shown; activation attention if not given.
         readout: as for :class:`~lasnn_sj.LaSNNTrainer`.
         examples: number of samples whose maps are kept; half of them wrong ones, as far as there are.

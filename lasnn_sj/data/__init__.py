@@ -3,8 +3,9 @@
 from .archives import ArchiveError
 from .device_loader import DeviceLoader
 from .encoding import DirectEncoder, PoissonEncoder
-from .events import Augment, EventData, EventFrames, Framing, RecordingError, collate
+from .events import EventData, EventFrames, RecordingError, collate
 from .events import load as load_events
+from .frames import Augment, Framing
 from .images import ImageData, Images, load, stratified_split, transforms
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""NumPy archives that somebody else made: read only when they hold what their headers say."""
+"""Reading of untrusted NumPy archives: headers, sizes and checksums are verified first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-DENSEST = 1040  # deflate makes at most so many bytes of one
+DENSEST = 1040  # largest ratio of decompressed to compressed bytes of deflate
 
 
 class ArchiveError(ValueError):
-    """An ``.npz`` file that cannot be used; the message says why."""
+    """An ``.npz`` file cannot be used; the message gives the cause."""
 
 
 def read_npz(
@@ -22,21 +22,21 @@ def read_npz(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Read named arrays of an ``.npz`` file; also returns the names of all arrays that it has.
 
-    Shapes, sizes and checksums are held against each other before memory is taken: it grows with the file
-    and not with what the file declares. Pickles are not read, and nothing is unpacked.
+    Shapes, sizes and checksums are compared before memory is allocated, so that its amount follows the size
+    of the file and not the sizes that it declares. Pickles are not read.
 
     Args:
-        path: a regular file.
-        names: arrays to read, of those that are there; all if not given.
-        at_most: bytes that the arrays may take; this machine's memory if not given.
+        path: path of a regular file.
+        names: names of the arrays to read, if present; all if not given.
+        at_most: largest number of bytes of the arrays; this machine's memory if not given.
 
     Raises:
         ArchiveError: the file is damaged, or declares more than it holds or than this machine has memory.
         OSError: it cannot be opened.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError(f"{path} is not there as a file")
+        if not path.is_file():  # opening a pipe would block
+            raise FileNotFoundError(f"{path} is not a regular file")
         size = path.stat().st_size
         limit = _memory() if at_most is None else at_most
         with zipfile.ZipFile(path) as archive:
@@ -56,12 +56,12 @@ def read_npz(
             return {name: file[name] for name in names if name in entries}, list(entries)
     except OSError:
         raise
-    except Exception as error:  # what is damaged raises every kind
+    except Exception as error:  # damaged files raise exceptions of many types
         raise ArchiveError(f"{path} cannot be read as an .npz file ({error})") from error
 
 
 def _declared(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_size: int) -> int:
-    """Bytes of an array by its header, which must be there."""
+    """Return the bytes of an array according to its header."""
     if entry.compress_size > file_size or entry.file_size > DENSEST * (entry.compress_size + 1):
         raise ValueError(f"{entry.filename} declares {entry.file_size} bytes, which cannot be in the file")
     with archive.open(entry) as file:
@@ -79,7 +79,7 @@ def _declared(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_size: int) 
 
 
 def _memory() -> int:
-    """Bytes of this machine's memory; where nobody knows, no bound."""
+    """Return the bytes of this machine's memory; infinity if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

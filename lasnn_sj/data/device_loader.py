@@ -62,7 +62,7 @@ class DeviceLoader:
         self._signed = transforms(images.shape[-1], augment=False)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches of an epoch."""
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -73,7 +73,7 @@ def _out_of_range(images: Tensor) -> ValueError:
 
 
 def _draw_in_pieces(magnitude: Tensor, sign: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
-    """Poisson code of ``steps`` steps, without a float32 tensor of all random numbers."""
+    """Draw the Poisson code of ``steps`` steps, without a float32 tensor of all random numbers."""
     code = sign.new_empty((steps, *sign.shape))
     for part in code.split(max(1, PIECE // max(1, sign.numel()))):
         u = torch.rand(part.shape, generator=generator, device=sign.device, dtype=torch.float32)
@@ -82,7 +82,7 @@ def _draw_in_pieces(magnitude: Tensor, sign: Tensor, steps: int, generator: torc
 
 
 def _draw_at_once(magnitude: Tensor, sign: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
-    """Poisson code of ``steps`` steps, drawn in one kernel on CUDA: the random numbers stay in registers."""
+    """Draw the Poisson code of ``steps`` steps in one CUDA kernel; random numbers stay in registers."""
     # float32 for coarser images too, as the kernel compares in this dtype; a rate out of range, which may not
     # have been read yet, would stop the device
     rate = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32)).nan_to_num(0.0).clamp(max=1)

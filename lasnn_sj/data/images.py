@@ -1,4 +1,4 @@
-"""Image data sets as students and teachers see them: pixels in [-1, 1], labels, and what describes them."""
+"""Image data sets with pixels in [-1, 1] and their descriptions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLASSES = {
     "digits": tuple("0123456789"),
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
-MOST_CLASSES = 100_000  # of a file with fewer images; a stray label must not make a network of gigabytes
+MOST_CLASSES = 100_000  # of files with fewer images; a wrong label must not create gigabytes of weights
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -65,7 +65,7 @@ class Images(Dataset):
 
 
 class Loaders:
-    """Batches of a data set with the parts ``train``, ``test`` and perhaps ``validation``."""
+    """Loaders of a data set with the parts ``train``, ``test`` and optionally ``validation``."""
 
     collate: ClassVar[Callable | None] = None
     least_evaluated: ClassVar[int] = 100  # samples of an evaluation batch; small ones waste time
@@ -78,7 +78,7 @@ class Loaders:
         )
 
     def loaders(self, batch_size: int, workers: int = 0, seed: int = 0) -> tuple[DataLoader, DataLoader]:
-        """Shuffled training batches, and validation batches (test batches where nothing is held out).
+        """Return loaders of shuffled training batches, and of validation batches (else of test batches).
 
         ``seed`` fixes the order of the training samples.
         """
@@ -88,7 +88,7 @@ class Loaders:
         return train, self._loader(held, max(batch_size, self.least_evaluated), workers)
 
     def test_loader(self, batch_size: int, workers: int = 0) -> DataLoader:
-        """Test batches, in order."""
+        """Return the loader of the test batches, in order."""
         return self._loader(self.test, max(batch_size, self.least_evaluated), workers)
 
     def split(self, held_out: int, seed: int = 0) -> Self:
@@ -180,10 +180,10 @@ class ImageData(Loaders):
 
 
 def labels_of(dataset: Dataset) -> Tensor:
-    """Labels ``[n]`` of a data set with ``labels``, or of a ``Subset`` of one.
+    """Return the labels ``[n]`` of a data set with ``labels``, or of a ``Subset`` of one.
 
     Raises:
-        ValueError: the data set does not say its labels.
+        ValueError: the data set has no ``labels``.
     """
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
@@ -198,7 +198,7 @@ def _transform(dataset: Dataset) -> Callable[[Tensor], Tensor]:
 
 
 def _with_transform(dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> Dataset:
-    """A data set that shares its images with another one, but not the transform."""
+    """Copy a data set with the same images and another transform."""
     changed = copy.copy(dataset)
     if isinstance(dataset, Subset):
         changed.dataset = _with_transform(dataset.dataset, transform)
@@ -270,7 +270,7 @@ def load(
     Raises:
         ValueError: an unknown name, a file without the arrays, a folder that is not whole, or a ``shrink``
             that does not divide the side of the images.
-        FileNotFoundError: the file or folder is not there.
+        FileNotFoundError: the file or folder does not exist.
     """
     if source in _LOADERS:
         return _LOADERS[source](str(source), Path(root), augment, download, shrink)
@@ -282,7 +282,7 @@ def load(
 
 
 def transforms(image_size: int, augment: bool) -> v2.Transform:
-    """uint8 images to [-1, 1], with the augmentation usual for CIFAR: pad by an eighth, crop, flip."""
+    """Transform uint8 images to [-1, 1]; augment as usual for CIFAR: pad by an eighth, crop, flip."""
     crop = [v2.RandomCrop(image_size, padding=image_size // 8), v2.RandomHorizontalFlip()]
     signed = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
     return v2.Compose([*(crop if augment else []), *signed])
@@ -319,7 +319,7 @@ def _cifar(name: str, root: Path, augment: bool, download: bool, shrink: int) ->
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:
         train, test = (kind(str(root), train=is_train, download=download) for is_train in (True, False))
-    except Exception as error:  # torchvision raises several kinds: no network, damaged archive, not there
+    except Exception as error:  # torchvision raises exceptions of several types
         raise FileNotFoundError(
             f"{name} could not be read from {root} ({type(error).__name__}: {error}); with a network it is "
             f"downloaded there, without one put torchvision's archive there or give an .npz file"
@@ -330,7 +330,7 @@ def _cifar(name: str, root: Path, augment: bool, download: bool, shrink: int) ->
 
 def _npz(path: Path, augment: bool, shrink: int) -> ImageData:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; it must hold the arrays {', '.join(_KEYS)}")
+        raise FileNotFoundError(f"{path} does not exist; it must hold the arrays {', '.join(_KEYS)}")
     try:
         by_name, found = read_npz(path, _KEYS)
     except OSError as error:

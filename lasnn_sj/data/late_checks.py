@@ -1,4 +1,4 @@
-"""Checks of tensors that may be read later, so that the host need not wait for the device."""
+"""Deferred checks of tensors, so that the host does not wait for the device."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ class LateChecks:
         self._skippable.append(skippable)
 
     def failed(self) -> Tensor:
-        """Which conditions do not hold, bool ``[number of conditions]``; not read."""
+        """Return which conditions fail, bool ``[number of conditions]``, without waiting for the device."""
         return torch.stack(self._failed)
 
     def fatal(self) -> Tensor:
-        """Return, as a bool scalar that is not read, whether a condition fails that cannot be skipped."""
+        """Return whether a condition fails that cannot be skipped, a bool scalar, without waiting."""
         fatal = [failed for failed, skippable in zip(self._failed, self._skippable) if not skippable]
         return torch.stack(fatal).any() if fatal else torch.zeros_like(self._failed[0])
 
     def error(self, failed: list[bool]) -> Exception | None:
-        """The exception of the first condition that does not hold, given what :meth:`failed` holds."""
+        """Return the exception of the first failing condition, given the result of :meth:`failed`."""
         for number, one in enumerate(failed):
             if one:
                 return self._errors[number]()

@@ -238,7 +238,7 @@ class StableSpike(Objective):
         """Choose the layer and ask for its spikes.
 
         Raises:
-            TapError: no layer to choose, or one that is not there.
+            TapError: no layer to choose, or a layer that does not exist.
             ValueError: a single time step.
         """
         if len(look.inputs) < 2:

@@ -18,7 +18,7 @@ Schedule = Literal["constant", "linear", "exponential", "cosine"] | Callable[[fl
 
 @dataclass(frozen=True)
 class Look:
-    """A small batch and what the networks make of it, for :meth:`Objective.prepare`.
+    """A small batch and the networks' outputs for it, for :meth:`Objective.prepare`.
 
     Attributes:
         student: the network that is trained, in evaluation mode.
@@ -58,7 +58,7 @@ class Needs:
     teacher_gradients: tuple[str, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        """Everything that either needs, each once."""
+        """Unite the needs of two objectives."""
         both = {
             name: tuple(dict.fromkeys(getattr(self, name) + getattr(other, name)))
             for name in ("student", "teacher", "teacher_gradients")
@@ -73,7 +73,7 @@ class Needs:
 
 @dataclass
 class Signals:
-    """The networks' outputs in a training step, as an objective sees them.
+    """Outputs of the networks in a training step, the input of an objective.
 
     Attributes:
         scores: class scores of the student, ``[N, K]`` (Eq. 4's ``v[T]``).
@@ -105,7 +105,7 @@ class Signals:
 
 
 class Objective:
-    """Base class of objectives: says what it needs and makes the named parts of a loss.
+    """Base class of objectives. ``prepare`` returns the needs, ``__call__`` the named parts of a loss.
 
     The parts' sum is trained. Objectives add: ``LabelKD() + Attention("gradient")``. Subclasses are
     dataclasses or, where they have weights of their own, ``torch.nn.Module`` too; such weights are trained
@@ -130,7 +130,7 @@ class Objective:
     needs_teacher: bool = False
 
     def prepare(self, look: Look) -> Needs:
-        """Say what the objective needs; called before training with a small batch.
+        """Return the needs of the objective; called before training with a small batch.
 
         Raises:
             ValueError: the networks cannot give it.
@@ -213,7 +213,7 @@ class CrossEntropy(Objective):
 
 
 def members(objective: object) -> tuple[object, ...]:
-    """The objectives of a sum, or the one."""
+    """Return the objectives of a sum, or the objective itself."""
     return objective.objectives if isinstance(objective, Sum) else (objective,)
 
 
@@ -293,7 +293,7 @@ def weight_at(schedule: Schedule, epoch: int, epochs: int) -> float:
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Raise :class:`ValueError` for a schedule that does not exist."""
+    """Raise :class:`ValueError` for an unknown schedule."""
     names = ("constant", "linear", "exponential", "cosine")
     if not callable(schedule) and schedule not in names:
         raise ValueError(
@@ -332,12 +332,12 @@ def parse_objective(text: str, known: Mapping[str, type]) -> object:
 
 
 def trained_modules(objective: object) -> Iterator[tuple[str, nn.Module]]:
-    """Objectives that have weights of their own, by a name for checkpoints."""
+    """Yield the objectives that have trained weights, with their names in checkpoints."""
     for number, one in enumerate(members(objective)):
         if isinstance(one, nn.Module) and any(True for _ in one.parameters()):
             yield f"{number}.{type(one).__name__}", one
 
 
 def own_parameters(objective: object) -> list[nn.Parameter]:
-    """Weights of the objectives themselves that are trained."""
+    """Return the trained weights of the objectives."""
     return [p for _, module in trained_modules(objective) for p in module.parameters() if p.requires_grad]

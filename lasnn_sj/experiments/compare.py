@@ -48,7 +48,7 @@ class Comparison(runs.Experiment):
 
     A seed draws the training images, their order, augmentation and dropout; the start (conversion and
     balancing on that seed's images) is made once for all its rows. Whatever is finished is not run again, and
-    what was cut off goes on; rows and seeds may be added.
+    interrupted rows resume; rows and seeds may be added.
 
     Attributes:
         recipe: student and settings; its seed is replaced by each of ``seeds``.
@@ -63,7 +63,7 @@ class Comparison(runs.Experiment):
             validation images if not given.
         source: "cifar10", "cifar100", "tiny-imagenet", "digits", or an .npz file.
         root: folder of the downloaded data set.
-        shrink: replace squares of so many pixels by their mean; 1 leaves images as they are.
+        shrink: replace squares with this side, in pixels, by their mean; 1 leaves images as they are.
         ann_weights: safetensors file of a trained intermediate ANN; without one it is trained first, once.
         teacher_checkpoint: file of a trained ResNet-20 (the one of pytorch_resnet_cifar10); without one the
             recipe's teacher is trained first, once, where a row needs it.
@@ -107,7 +107,7 @@ class Comparison(runs.Experiment):
         for key, name in (("baseline", self.baseline), *(("gains", n) for n in self.gains.items())):
             for row in (name,) if isinstance(name, str) else name:
                 if row not in self.rows:
-                    raise ValueError(f"{key}: there is no row {row!r}{config.nearest(row, list(self.rows))}")
+                    raise ValueError(f"{key}: unknown row {row!r}{config.nearest(row, list(self.rows))}")
 
     def objective(self, row: str) -> Objective:
         """A row's objective."""
@@ -123,7 +123,7 @@ class Comparison(runs.Experiment):
             Results by seed and row; none where the state of the rows is asked for, which is printed.
 
         Raises:
-            ValueError: the folder holds a comparison with other settings, or a file or device is not there.
+            ValueError: the folder holds a comparison with other settings, or a file or device does not exist.
             ExperimentError: rows that failed; the others are kept.
         """
         if self.where.status:
@@ -383,7 +383,7 @@ def paired(
 
 def _must_be_there(key: str, path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{key}: there is no file {path}")
+        raise ValueError(f"{key}: {path} does not exist")
 
 
 def _plot(run: Comparison, results: Results, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""YAML files as typed dataclasses: what is wrong in a file is named by its key."""
+"""YAML files as typed dataclasses; errors name the key."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LARGEST = 1 << 20  # bytes of a configuration
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file and the key."""
+    """A configuration cannot be used; the message names the file and the key."""
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice, of which PyYAML takes the last, and aliases.
+    """Loader that refuses duplicate keys, of which PyYAML takes the last, and aliases.
 
-    Aliases of aliases make gigabytes of a few lines.
+    Nested aliases can expand a few lines to gigabytes.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -42,45 +42,45 @@ class _OnceLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(
-                        problem=f"key {key.value} is there twice", problem_mark=key.start_mark
+                        problem=f"duplicate key {key.value}", problem_mark=key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; nothing in the file is run.
+    """Read the mapping in a YAML file; no code in it is run.
 
     Raises:
-        ConfigError: not there, not YAML, or no mapping.
+        ConfigError: the file is missing, is not valid YAML, or does not hold a mapping.
     """
     path = Path(path)
     if not path.is_file():
         known = [p.name for p in path.parent.glob("*.yaml")]
         known += [p.stem for p in (Path(__file__).parent / "configs").glob("*.yaml")]
         near = difflib.get_close_matches(path.name, known, n=3)
-        raise ConfigError(f"{path} is not there" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        raise ConfigError(f"{path} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     try:
         text = files.read_regular(path.resolve(), at_most=LARGEST).decode()
         mapping = yaml.load(text, _OnceLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
-        # values such as 0b, 2024-13-01 or numbers of 5,000 digits raise every kind
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+        # values such as 0b, 2024-13-01 or numbers of 5,000 digits raise exceptions of many types
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(mapping).__name__}")
     return mapping
 
 
 def write(path: str | Path, mapping: dict[str, Any]) -> None:
-    """A mapping as YAML, in its order, complete or not there."""
+    """Write a mapping as YAML in its order, atomically."""
     files.write(Path(path), yaml.safe_dump(mapping, sort_keys=False))
 
 
 def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") -> T:
-    """A dataclass from a mapping, nested ones too.
+    """Build a dataclass from a mapping, with nested dataclasses.
 
     Args:
-        kind: the dataclass; its fields may be numbers, text, paths, ``Literal``, tuples of one type,
+        kind: type of the dataclass; its fields may be numbers, text, paths, ``Literal``, tuples of one type,
             mappings by name, other dataclasses, and unions of those.
         mapping: values by field name; a field without default must be there.
         where: named first in messages, such as the file.
@@ -118,7 +118,7 @@ def plain(value: object) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """``"; did you mean X?"`` where a known name is near, else ``"; known are ..."``."""
+    """Return ``"; did you mean X?"`` if a known name is similar, else ``"; known are ..."``."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
@@ -144,7 +144,7 @@ def _dotted(kind: type) -> Iterator[str]:
 
 
 def _value(kind: Any, value: Any, where: str, key: str) -> Any:
-    """``value`` as the type ``kind``."""
+    """Convert ``value`` to the type ``kind``."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} must hold keys and values of its own, got {value!r}")

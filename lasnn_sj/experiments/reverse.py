@@ -45,7 +45,7 @@ class ReversePipeline(Runner):
         data: images or event frames. Where some are held out, every training evaluates them as it goes;
             test samples are evaluated once, at the end of a row.
         run_dir: each row has a folder here with its checkpoints, curves and ``result.json``; a row whose
-            result is there is not run again, a row that was cut off goes on.
+            result exists is not run again; an interrupted row resumes.
         encoder: gives images their time axis; ``None`` for event frames. A generator that it has is seeded
             with the recipe's seed before each row.
         device: where to run.

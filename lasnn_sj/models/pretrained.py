@@ -74,7 +74,7 @@ def save_pretrained(
     }
     with torch.device("meta"):
         fresh = create(architecture["name"], **architecture["arguments"])
-    _compare(fresh, _signatures(tensors), f"the network is no plain {architecture['name']}")
+    _compare(fresh, _signatures(tensors), f"the network is not a plain {architecture['name']}")
     config = {
         "format": FORMAT,
         "architecture": architecture,

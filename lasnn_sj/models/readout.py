@@ -8,7 +8,7 @@ from ..neurons import IntegratorNode
 
 
 class BatchError(ValueError):
-    """A batch, or the student's output for it, cannot be used; the message says which and why."""
+    """A batch, or the student's output for it, cannot be used; the message names the cause."""
 
 
 def resolve_readout(model: nn.Module, readout: str) -> str:

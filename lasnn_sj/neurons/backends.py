@@ -39,7 +39,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: an unknown backend. In the block, ``RuntimeError`` for a neuron whose device, dtype or
-            surrogate the backend does not support; the message says which.
+            surrogate the backend does not support; the message names it.
     """
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")

@@ -34,7 +34,7 @@ _BIT, _I8, _I16, _I32, _I64 = map(ir.IntType, (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
 _FLOAT_LANES = ir.VectorType(_F32, WIDTH)
 _features = llvmlite.binding.get_host_cpu_features()
-# Without these instructions LLVM would call a conversion function, which is not there.
+# Without these instructions LLVM would call a conversion function that does not exist.
 HAS_HALVES = _features.get("f16c", not llvmlite.binding.get_process_triple().startswith("x86"))
 
 

@@ -21,7 +21,7 @@ def progress_bar(iterable: Iterable | None = None, *, quiet: bool = False, **set
         quiet: never show the bar.
         **settings: further arguments of :class:`tqdm.tqdm`.
     """
-    if "ipykernel.zmqshell" in sys.modules:  # its output is no terminal, but is drawn as one
+    if "ipykernel.zmqshell" in sys.modules:  # shows bars, although its output is not a terminal
         settings |= {"file": sys.stdout, "disable": quiet}
     else:
         settings |= {"dynamic_ncols": True, "disable": quiet or None}

@@ -20,7 +20,7 @@ _LEAVES = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, type
 
 
 def random_state(generators: Mapping[str, Generator] | None = None) -> dict[str, object]:
-    """State of Python's, NumPy's and PyTorch's random generators, and of others by name."""
+    """Return the state of Python's, NumPy's and PyTorch's random-number generators, and of others by name."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -32,7 +32,7 @@ def random_state(generators: Mapping[str, Generator] | None = None) -> dict[str,
 
 
 def set_random_state(state: Mapping[str, object], generators: Mapping[str, Generator] | None = None) -> None:
-    """Take back what :func:`random_state` gave; a generator that it knows nothing of stays as it is."""
+    """Restore a state of :func:`random_state`; generators that it does not hold are unchanged."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -45,16 +45,16 @@ def set_random_state(state: Mapping[str, object], generators: Mapping[str, Gener
 
 
 def generators_of(owners: Mapping[str, object]) -> dict[str, Generator]:
-    """Random generators that can be reached from some objects, by the path of attributes to them.
+    """Find the random-number generators that objects hold, by the path of attributes to them.
 
-    Those of PyTorch (``torch.Generator``), NumPy (``Generator``, ``RandomState``) and Python
+    Found are those of PyTorch (``torch.Generator``), NumPy (``Generator``, ``RandomState``) and Python
     (``random.Random``), in attributes, lists, tuples, dicts, parts of modules, data sets within data sets,
-    bound methods, ``functools.partial`` and what functions close over. Not found are global variables of
-    other modules, what compiled code keeps to itself, sources without a state (``random.SystemRandom``,
-    ``os.urandom``), and in a loader's workers what is not in the data set that they were given.
+    bound methods, ``functools.partial`` and closures. Not found are global variables of other modules, state
+    of compiled code, sources without a state (``random.SystemRandom``, ``os.urandom``), and objects that only
+    a loader's workers hold.
 
     Args:
-        owners: by the name with which their paths begin.
+        owners: objects by the name with which their paths begin.
     """
     found: dict[str, Generator] = {}
     seen: set[int] = set()
@@ -73,7 +73,7 @@ def generators_of(owners: Mapping[str, object]) -> dict[str, Generator]:
 
 
 def state_of(generator: Generator) -> object:
-    """A generator's state, of what ``torch.load(weights_only=True)`` can read."""
+    """Return a generator's state, of types that ``torch.load(weights_only=True)`` can read."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -84,7 +84,7 @@ def state_of(generator: Generator) -> object:
 
 
 def set_state_of(generator: Generator, state: object) -> None:
-    """Take back what :func:`state_of` gave."""
+    """Restore a state of :func:`state_of`."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
@@ -104,10 +104,10 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def deterministic_algorithms(enabled: bool = True) -> Iterator[None]:
-    """Make PyTorch use deterministic algorithms only, until the block ends; nothing where not ``enabled``.
+    """Context in which PyTorch uses deterministic algorithms only; without effect if not ``enabled``.
 
-    An operation that has none raises an error that names it. On CUDA, cuBLAS wants the environment variable
-    ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, set before the process starts; the error says so.
+    An operation that has none raises an error that names it. On CUDA, cuBLAS needs the environment variable
+    ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, set before the process starts; the error names it.
     """
     if not enabled:
         yield

@@ -27,7 +27,7 @@ class TrainerView(Protocol):
 class Callback:
     """Base class for trainer callbacks. Override the hooks you need.
 
-    Of several processes only the one of rank 0 calls them. Weights & Biases, for example:
+    With several processes only rank 0 calls them. Weights & Biases, for example:
 
     .. code-block:: python
 

@@ -1,4 +1,4 @@
-"""Accuracy of a network on a loader's batches, and what is checked of every batch."""
+"""Accuracy of a network on the batches of a loader, and checks of every batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .silence import silent, warn_of_silence, watched
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and neurons without a state; afterwards each module's own mode, and no state again."""
+    """Context with evaluation mode and reset neurons; restores each module's mode and resets again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -52,10 +52,10 @@ def evaluate(
     early_exit: float | Sequence[float] | None = None,
     exit_by: Literal["confidence", "entropy"] = "confidence",
 ) -> dict[str, float | list[float] | Tensor]:
-    """Accuracy of an SNN (with an encoder) or an ANN (without) on a loader's batches.
+    """Compute loss and accuracy of an SNN (with an encoder) or an ANN (without) on the batches of a loader.
 
-    Of several processes each takes its share of the samples (see :func:`.batches.evaluation_share`), and all
-    get the same result; all must call it.
+    With several processes, all must call it; each evaluates a share of the samples and all get the same
+    result.
 
     Args:
         model: gives class scores ``[N, K]`` or ``[T, N, K]``; its mode is restored afterwards.
@@ -149,7 +149,7 @@ def evaluate(
 
 
 def _exits(steps: Tensor, labels: Tensor, thresholds: Sequence[float], by: str) -> Tensor:
-    """Right answers for each threshold, and steps used, of samples that stop once they are sure."""
+    """Count correct predictions and used steps per threshold, for samples that stop once confident."""
     log_p = steps.float().log_softmax(2)
     if by == "confidence":
         surety = log_p.amax(2).exp()
@@ -160,20 +160,20 @@ def _exits(steps: Tensor, labels: Tensor, thresholds: Sequence[float], by: str) 
     for threshold in thresholds:
         sure = surety >= threshold
         sure[-1] = True
-        stop = sure.int().argmax(0)  # the first step that is sure
+        stop = sure.int().argmax(0)  # the first confident step
         right.append(hits.gather(0, stop.unsqueeze(0)).sum())
         used.append((stop + 1).sum())
     return torch.stack(right + used).double()
 
 
 def _over_all(counts: Tensor | int, device: torch.device) -> Tensor:
-    """Sum of a vector over all processes; one that had no sample has 0 for it."""
+    """Sum a vector over all processes; a process without samples contributes 0."""
     size = max(distributed.of_all(len(counts) if isinstance(counts, Tensor) else 0))
     return distributed.total(torch.zeros(size, dtype=torch.float64, device=device) + counts)
 
 
 def encoded_pieces(encoder: nn.Module | None, images: Tensor, chunk: int | None) -> Iterator[Tensor]:
-    """A batch as its network takes it, in pieces of at most ``chunk`` time steps where it is encoded."""
+    """Yield an encoded batch in chunks of at most ``chunk`` time steps."""
     if encoder is None or chunk is None or chunk >= encoder.T:
         yield images if encoder is None else encoder(images)
         return
@@ -190,7 +190,7 @@ def _scores(
     chunk: int | None,
     over_time: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Class scores ``[N, K]``; with ``over_time`` also those after each step, ``[T, N, K]``."""
+    """Compute class scores ``[N, K]``; with ``over_time`` also those after each step, ``[T, N, K]``."""
     total, T, so_far = 0.0, 0, []
     for piece in encoded_pieces(encoder, images, chunk):
         outputs = model(piece)
@@ -217,16 +217,16 @@ def accuracy_over_time(
     device: torch.device | str | None = None,
     chunk: int | None = None,
 ) -> list[float]:
-    """Top-1 accuracy in percent after step 1, 2, ..., ``T``, from one pass; see :func:`evaluate`."""
+    """Compute the top-1 accuracy in percent after step 1, 2, ..., ``T`` in one pass; see :func:`evaluate`."""
     result = evaluate(model, loader, encoder, device=device, chunk=chunk, over_time=True)
     return result["top1_over_time"]
 
 
 def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of a loader's batch.
+    """Check a batch of a loader and return its images and labels.
 
     Raises:
-        BatchError: not a pair of tensors, no sample, NaN or infinity, labels that are no whole numbers.
+        BatchError: not a pair of tensors, no sample, NaN or infinity, or labels that are not integers.
     """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         many = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
@@ -257,9 +257,9 @@ def check_batch(batch: object, where: str) -> tuple[Tensor, Tensor]:
 
 
 def batch_axis(images: Tensor, labels: Tensor) -> int:
-    """1 where a batch has its time axis already, as event frames ``[T, N, ...]`` do, else 0.
+    """Return the axis of the samples: 1 for batches with a time axis, such as event frames, else 0.
 
-    Where ``T = N`` only frames ``[T, N, C, H, W]`` are known from images.
+    If ``T = N``, only frames ``[T, N, C, H, W]`` can be told from images.
     """
     timed = images.dim() > 2 and images.shape[1] == len(labels)
     return int(timed and (images.dim() == 5 or len(images) != len(labels)))

@@ -1,4 +1,4 @@
-"""The student's pass through a batch, with what the attention wants to see, whole or in pieces of time."""
+"""Forward pass of the student with its taps, over all time steps at once or in chunks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..distillation.taps import ChunkTaps, StudentTaps
 
 
 class StudentForward(nn.Module):
-    """Runs a student; what several processes wrap instead of the student itself.
+    """Run a student; DistributedDataParallel wraps this module.
 
-    With ``time_chunks`` above 1 the time steps are run in so many pieces, which hand on the neurons' state;
-    only that state is kept for the backward pass, and each piece is run a second time then. The gradients
-    are those of one piece.
+    With ``time_chunks`` above 1 the time steps are run in this many chunks, which pass on the neurons' state.
+    Only that state is kept for the backward pass, which runs each chunk a second time. The gradients are
+    those of a single chunk.
 
     Args:
-        student: network ``[T, N, ...]`` to ``[T, N, K]``, or for one piece any other.
-        taps: what to read of it, or ``None``.
-        time_chunks: how many pieces.
+        student: network ``[T, N, ...]`` to ``[T, N, K]``; any output with a single chunk.
+        taps: taps to read, or ``None``.
+        time_chunks: number of chunks.
 
     Raises:
-        ValueError: pieces for a student with batch norm, which would see each by itself.
+        ValueError: several chunks for a student with batch norm, whose statistics span all time steps.
     """
 
     def __init__(self, student: nn.Module, taps: StudentTaps | None, time_chunks: int) -> None:
@@ -38,7 +38,7 @@ class StudentForward(nn.Module):
             refuse_batch_norm(student)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``x`` as the student takes it; its output, and what the taps read, ``[N, C, H, W]`` each."""
+        """Return the student's output for ``x`` and the values of the taps, ``[N, C, H, W]`` each."""
         if self.time_chunks == 1:
             return self._tapped(x)
         T = x.shape[0]
@@ -63,7 +63,7 @@ class StudentForward(nn.Module):
             return self._pass(x)
 
     def _pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The part that is compiled, as one graph without breaks."""
+        """Run the part that is compiled, as one graph without breaks."""
         return self.student(x), [] if self.taps is None else self.taps.collect()
 
     def compile(self, **options: object) -> None:
@@ -71,7 +71,7 @@ class StudentForward(nn.Module):
         self._pass = torch.compile(self._pass, **options)
 
     def _piece(self, x: Tensor, traces: list, state: list) -> tuple[Tensor, list[Tensor], list, list]:
-        """Pure but for random numbers, which ``checkpoint`` draws again alike."""
+        """Run one chunk without side effects; ``checkpoint`` repeats its random numbers."""
         base.load_memories(self.student, state)
         if isinstance(self.taps, ChunkTaps):
             self.taps.traces = traces
@@ -82,7 +82,7 @@ class StudentForward(nn.Module):
 
 
 def refuse_batch_norm(student: nn.Module) -> None:
-    """Raise :class:`ValueError` where a layer's result would depend on how the time is cut."""
+    """Raise :class:`ValueError` if a layer's output depends on how time is split."""
     for name, module in student.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Means over an epoch that survive a restart and add up over processes."""
+"""Means over an epoch, which can be saved, restored, and combined over processes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _LOCAL = {"sync_on_compute": False, "compute_with_cache": False}
 
 
 def name_of(column: str) -> str:
-    """Name of a column of the metrics in words."""
+    """Return the name of a column of the metrics in words."""
     return NAMES.get(column, column.replace("_", " "))
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """A row of the metrics as one line of text, its columns in words."""
+    """Format a row of the metrics as one line of text, its columns in words."""
     said = []
     for name, value in row.items():
         words, percent, _ = name_of(name).partition(", %")
@@ -100,19 +100,19 @@ class EpochMetrics:
             self._loss(name).update(part, weight)
 
     def compute(self, together: bool = True) -> dict[str, float]:
-        """``loss``, its parts and ``top1`` in percent, of all processes or of this one."""
+        """Compute ``loss``, its parts and ``top1`` in percent, over all processes or this one."""
         means = {name: _value(metric, together) for name, metric in self.losses.items()}
         return means | {"top1": 100 * _value(self.correct, together)}
 
     def state_dict(self) -> dict[str, object]:
-        """State for :meth:`restored`."""
+        """Return the state for :meth:`restored`."""
         losses = {name: metric.state_dict() for name, metric in self.losses.items()}
         num_classes = self.correct.num_classes
         return {"num_classes": num_classes, "losses": losses, "correct": self.correct.state_dict()}
 
     @classmethod
     def restored(cls, state: dict[str, object], device: torch.device) -> EpochMetrics:
-        """Metrics that go on from :meth:`state_dict`."""
+        """Create metrics that continue from :meth:`state_dict`."""
         metrics = cls(state["num_classes"], device)
         for name, saved in state["losses"].items():
             _restore(metrics._loss(name), saved)

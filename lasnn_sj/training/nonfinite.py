@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: where they come from, and what is kept of the step."""
+"""Losses and gradients that are not finite: their source, and the files kept of the step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(BatchError):
-    """A step's loss or gradient is NaN or infinite; the student keeps its weights of the step before.
+    """The loss or a gradient is NaN or infinite; the student keeps its weights of the step before.
 
     Attributes:
-        layer: first layer with such a value, where there is one.
+        layer: first layer with such a value, if there is one.
     """
 
     def __init__(self, message: str, layer: str | None = None) -> None:
@@ -32,7 +32,7 @@ class NonFiniteError(BatchError):
 
 @torch.no_grad()
 def first_layer(student: nn.Module, x: Tensor) -> str | None:
-    """The first layer, in the order of the forward pass, whose output is not finite."""
+    """Return the first layer, in the order of the forward pass, whose output is not finite."""
     found: list[str] = []
 
     def hook_of(name: str):
@@ -58,7 +58,7 @@ def first_layer(student: nn.Module, x: Tensor) -> str | None:
 
 
 def last_gradient(student: nn.Module) -> str | None:
-    """The parameter whose gradient went wrong first: backward comes from the output."""
+    """Return the parameter whose gradient was first not finite in the backward pass."""
     for name, parameter in reversed(list(student.named_parameters())):
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return name
@@ -76,7 +76,7 @@ def keep_for_inspection(
 ) -> None:
     """Write the step that failed: ``student.safetensors``, ``batch.safetensors`` and ``what.json``.
 
-    A full disk does not hide the error: what cannot be written is said in the log.
+    Failures to write, such as a full disk, are logged and do not hide the error.
     """
     weights = {name: unshared(tensor) for name, tensor in student.state_dict().items()}
     what = {
@@ -91,5 +91,5 @@ def keep_for_inspection(
         batch = {"images": unshared(images), "labels": unshared(labels)}
         files.write(folder / "batch.safetensors", save(batch))
         files.write_json(folder / "what.json", what)
-    except Exception as failure:  # safetensors has errors of its own
+    except Exception as failure:  # safetensors raises errors of its own types
         log.warning("%s could not be written: %s", folder, failure)

@@ -36,17 +36,17 @@ FLUSH = 200  # steps whose rows are written together
 
 
 class RunFolder:
-    """A run's folder; of several processes only the one of rank 0 reads and writes it.
+    """Folder of a run; of several processes only rank 0 reads and writes it.
 
-    It is locked (:class:`~lasnn_sj.runtime.FolderLock`) while it is entered as a context.
+    As a context it holds the folder's lock (:class:`~lasnn_sj.runtime.FolderLock`).
 
     Args:
-        path: made if it is not there.
+        path: path of the folder; created if missing.
         checkpoint_every: steps, or time, between checkpoints within an epoch.
 
     Raises:
-        ValueError: it is a file, or something of it is a link that leads out of it.
-        LockError: when it is entered, another process writes to it.
+        ValueError: the path is a file, or a file of the folder is a link that leads out of it.
+        LockError: on entering, another process writes to the folder.
     """
 
     def __init__(self, path: Path, checkpoint_every: int | timedelta) -> None:
@@ -85,18 +85,18 @@ class RunFolder:
                 self._lock.__exit__()
 
     def check_settings(self, settings: Mapping[str, object], fingerprint: Mapping[str, object]) -> None:
-        """Write the settings of a new run, or hold them against those of the run that is there.
+        """Write the settings of a new run, or compare them with those of the run in the folder.
 
-        Versions that differ are said in a warning. So are the student's first weights where the processes
-        were seeded differently or not at all; seeded alike, other weights are another run, unless they are
-        those of the last checkpoint.
+        Differing versions give a warning. So do differing initial weights of the student if the processes
+        were seeded differently or not at all. With equal seeds, other initial weights belong to another run,
+        unless they are those of the last checkpoint.
 
         Args:
-            settings: of the run, for people; those that a fingerprint says too are not compared.
-            fingerprint: of :func:`fingerprint.run`.
+            settings: readable settings of the run; those that the fingerprint also holds are not compared.
+            fingerprint: fingerprint from :func:`fingerprint.run`.
 
         Raises:
-            ValueError: they differ, the message lists how; or the file is damaged.
+            ValueError: the settings differ (the message lists the differences), or the file is damaged.
         """
         here = {**settings, "fingerprint": fingerprint, "versions": VERSIONS}
         distributed.by_main(lambda: self._check_settings(here))
@@ -115,21 +115,21 @@ class RunFolder:
             said = ", ".join(
                 f"{k.partition('.')[2]} {one}, here {other}" for k, (one, other) in versions.items()
             )
-            log.warning("%s was begun with %s: results may differ between versions", self.path, said)
-            # what one version has and the other has not: a new option of an optimiser
+            log.warning("%s was started with %s: results may differ between versions", self.path, said)
+            # options that only one of the versions has, such as a new one of an optimizer, are not compared
             found = {key: pair for key, pair in found.items() if None not in pair}
         seed, seeds = here["fingerprint"]["process_seed"], found.pop("process_seed", None)
         first = found.pop("student.weights", None)
         files.refuse_differences(self.path, found)
         if first is not None and not self._has(first[1]):
-            if seeds is None and seed < 2**32:  # PyTorch's own choice, where nobody seeds, is larger
+            if seeds is None and seed < 2**32:  # without a seed PyTorch chooses a larger one
                 raise ValueError(
-                    f"{self.path} holds a run whose student began with other weights than this one has; "
-                    f"build the student as that run did to go on with it, or use another run folder"
+                    f"{self.path} holds a run whose student started from other weights than this one; "
+                    f"build the student as that run did to resume it, or use another run folder"
                 )
             log.warning(
-                "the student's first weights are not those that %s began with, as in processes that are not "
-                "seeded alike; its checkpoint's are taken", self.path,
+                "the student's initial weights are not those of the run in %s, as in processes with "
+                "different seeds; the weights of its checkpoint are loaded", self.path,
             )  # fmt: skip
         if versions:
             files.write_json(path, there | {"versions": VERSIONS})
@@ -140,10 +140,10 @@ class RunFolder:
         return found is not None and digest_of(found[1]) == digest
 
     def load(self) -> tuple[Path, dict[str, Tensor], dict[str, object]] | None:
-        """Path, weights and state of the last good checkpoint, on every process.
+        """Load path, weights and state of the last intact checkpoint on every process.
 
         Raises:
-            checkpoint.CheckpointError: there are some, but none is whole.
+            checkpoint.CheckpointError: there are checkpoints, but none is intact.
         """
         folder = self.path / "checkpoints"
         return distributed.from_main(checkpoint.load_latest(folder) if distributed.is_main() else None)
@@ -155,10 +155,10 @@ class RunFolder:
         return step % self.every == 0
 
     def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-        """Write the rows of the steps so far, and a checkpoint that stands behind them.
+        """Write the rows of the steps so far, then a checkpoint.
 
         Raises:
-            checkpoint.CheckpointError: it could not be written; the one before is intact.
+            checkpoint.CheckpointError: the checkpoint cannot be written; the previous one is intact.
         """
         self.write_steps()
         if distributed.is_main():
@@ -184,13 +184,13 @@ class RunFolder:
             ) from error
 
     def add_step(self, step: int, epoch: int, lr: float, parts: Mapping[str, Tensor]) -> None:
-        """A row of ``steps.csv``; written later, so that nobody waits for the device."""
+        """Add a row to ``steps.csv``; it is written later, without waiting for the device."""
         self._rows.append(((step, epoch, lr), dict(parts)))
         if len(self._rows) >= FLUSH:
             self.write_steps()
 
     def write_steps(self) -> None:
-        """Write the rows that wait; the losses are means over the processes."""
+        """Write the pending rows; losses are means over the processes."""
         if not self._rows:
             return
         rows, self._rows = self._rows, []
@@ -228,7 +228,7 @@ class RunFolder:
 
     @staticmethod
     def _widen(path: Path, names: Sequence[str]) -> list[str]:
-        """The table's columns, once it has all that are wanted; an objective may change its parts."""
+        """Add missing columns to the table and return its columns; an objective may change its parts."""
         head = _head(path)
         if head[len(HEAD) :] and set(names) <= set(head):
             return head
@@ -238,13 +238,13 @@ class RunFolder:
         return head + new
 
     def _write_what_waits(self) -> None:
-        """Write the steps that are still in memory after an error, where this process may write alone."""
+        """Write the pending rows after an error, unless this needs the other processes."""
         if distributed.world_size() == 1 and self._rows:
             self._lock.check()
             self.write_steps()
 
     def go_back(self, step: int, history: Sequence[Mapping[str, float]]) -> None:
-        """Take away what is written of steps after this one, and write the epochs that are done."""
+        """Remove the rows of later steps, and write the finished epochs."""
         self._rows = []
         path = self.path / "steps.csv"
         if distributed.is_main():
@@ -254,7 +254,7 @@ class RunFolder:
             self.write_history(history)
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write ``metrics.csv``, a row for each epoch."""
+        """Write ``metrics.csv``, one row per epoch."""
         if not (distributed.is_main() and history):
             return
         columns = list(dict.fromkeys(itertools.chain.from_iterable(history)))
@@ -263,7 +263,7 @@ class RunFolder:
 
 
 def _head(path: Path) -> list[str]:
-    """Columns of ``steps.csv``; the first four where there is none, or none that can be read."""
+    """Return the columns of ``steps.csv``; the first four if it is missing or unreadable."""
     if path.is_symlink() or not path.is_file():
         return list(HEAD)
     with open(path, "rb") as file:
@@ -276,16 +276,16 @@ def _columns(line: str) -> list[str]:
 
 
 def _read_steps(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Columns and whole rows of ``steps.csv``, each step once; what is damaged is left out with a warning."""
+    """Read columns and complete rows of ``steps.csv``, each step once; damaged lines give a warning."""
     if not os.path.lexists(path):
         return list(HEAD), []
     try:
         first, *lines = files.read_regular(path, at_most=1 << 32).decode(errors="replace").split("\n")
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s) and is begun anew; checkpoints are not touched", path, error)
+        log.warning("%s cannot be read (%s) and is started again; checkpoints are not touched", path, error)
         return list(HEAD), []
     head, rows, last = _columns(first), [], 0
-    lines = lines[:-1]  # the rest is empty, or half a row of a killed process
+    lines = lines[:-1]  # the last is empty, or an incomplete row of a killed process
     for line in lines:
         row = _cells(line)
         whole = len(row) == len(head) and _is_number(row[0]) and all(map(NUMBER.fullmatch, row))
@@ -301,7 +301,7 @@ def _read_steps(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(line: str) -> list[str]:
-    """A line of a CSV file by itself: an open quote must not swallow those behind it."""
+    """Parse one line of a CSV file by itself, so that an open quote does not swallow later lines."""
     try:
         return next(csv.reader([line.rstrip("\r\n")], strict=True), [])
     except csv.Error:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and SIGINT that wait for the end of a training step, in the presence of loader workers."""
+"""Deferred handling of SIGTERM, SIGHUP and SIGINT: a training step and its checkpoint finish first."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch.utils.data import DataLoader
 log = logging.getLogger(__name__)
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-PATIENCE = 1.0  # seconds in which a worker's death and the signal that caused it may come
+PATIENCE = 1.0  # longest time in seconds between a worker's death and the signal that caused it
 
 
 class Stopped(BaseException):
-    """A signal came where nothing has to be finished first."""
+    """A signal arrived at a point where nothing has to be finished first."""
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGHUP and SIGINT while it is entered; a second one acts as it did before.
+    """Context that records SIGTERM, SIGHUP and SIGINT; a second signal has its usual effect.
 
-    Only the main thread can do so; entered in another one it leaves the signals alone, as it does those
-    that are ignored (``nohup``, a shell's background jobs).
+    Handlers are installed in the main thread only, and not for signals that are ignored (``nohup``,
+    background jobs of a shell).
 
-    Meanwhile PyTorch's handler of SIGCHLD, which raises wherever the main thread is when a loader's worker
-    has died, is active within :meth:`safely` alone; elsewhere it would cut through a step or a checkpoint.
-    A death between is found by the loader when it waits for its next batch.
+    PyTorch's SIGCHLD handler raises an exception in the main thread when a worker of a loader dies. Within
+    this context it is active in :meth:`safely` only, because elsewhere it would interrupt a step or a
+    checkpoint. The loader detects workers that died in between when it waits for its next batch.
 
     Attributes:
-        signal: the one that came, or ``None``.
+        signal: the recorded signal, or ``None``.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._entered = True
             for number in STOPS:
-                # None: not Python's to give back
+                # None: not installed by Python, so it could not be restored
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._before[number] = signal.signal(number, self._remember)
         return self
@@ -61,13 +61,13 @@ class StopRequest:
 
     @contextmanager
     def safely(self, at_once: bool = False) -> Iterator[None]:
-        """Run what leaves nothing half done when it is cut off.
+        """Context for work that may be interrupted at any point.
 
         Args:
-            at_once: whether a signal ends it, instead of being remembered alone.
+            at_once: raise :class:`Stopped` when a signal arrives instead of only recording it.
 
         Raises:
-            Stopped: a signal came and ``at_once`` is set, or it has ended a loader's worker.
+            Stopped: a signal arrived and ``at_once`` is set, or it has killed a worker of the loader.
         """
         if at_once and self.signal is not None:  # it came just before
             raise Stopped
@@ -104,11 +104,11 @@ class StopRequest:
         self._before = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's worker: its parent will end it
+        if os.getpid() != self._process:  # a worker of a loader; its parent ends it
             return
         self.signal = signal.Signals(number)
         self._give_back()
-        log.warning("%s: this step is finished and saved first; once more to stop at once", self.signal.name)
+        log.warning("%s: this step is finished and saved first; press again to stop now", self.signal.name)
         if self._at_once:
             self._at_once = False
             raise Stopped
@@ -116,10 +116,10 @@ class StopRequest:
 
 @contextmanager
 def outlasting(*loaders: object) -> Iterator[None]:
-    """Let workers that these loaders start meanwhile outlast signals to the whole group of processes.
+    """Context in which workers of these loaders ignore signals that are sent to the whole process group.
 
-    ``timeout``, SLURM and systemd send SIGTERM to every process, a terminal SIGINT and SIGHUP. The workers
-    end when the main process does, which saves first.
+    ``timeout``, SLURM and systemd send SIGTERM to every process of a group; a terminal sends SIGINT and
+    SIGHUP. The workers then end with the main process, which saves first.
     """
     changed = [loader for loader in loaders if isinstance(loader, DataLoader) and loader.num_workers]
     before = [loader.worker_init_fn for loader in changed]
@@ -133,7 +133,7 @@ def outlasting(*loaders: object) -> Iterator[None]:
 
 
 class _Outlasting:
-    """A ``worker_init_fn`` (a class, for workers that are spawned) that calls the loader's own, too."""
+    """A ``worker_init_fn`` that also calls the loader's own; a class, because spawned workers unpickle it."""
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self.then = then
@@ -147,7 +147,7 @@ class _Outlasting:
 
 
 def _take(numbers: Iterable[signal.Signals], parent: int) -> None:
-    """Take signals from everybody but the parent, which ends with SIGTERM a worker that does not end."""
+    """Discard signals except a SIGTERM from the parent process, which ends the worker."""
     while True:
         came = signal.sigwaitinfo(numbers)
         if came.si_signo == signal.SIGTERM and came.si_pid == parent:

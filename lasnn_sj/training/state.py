@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Epoch:
-    """An epoch that is not over.
+    """State of an unfinished epoch.
 
     Attributes:
-        number: from 1 on.
-        start: random state before its first batch, which gives the loader's order again.
-        random: random state to go on with at ``position``, after a restart.
-        position: batches behind.
-        skipped: of these, batches that were left out.
-        seconds: training so far.
+        number: number of the epoch, starting at 1.
+        start: random state before the first batch, which reproduces the loader's order.
+        random: random state at ``position``, to continue with after a restart.
+        position: number of batches processed.
+        skipped: number of these batches that were left out.
+        seconds: training time so far.
         metrics: means so far, ``None`` before the first step.
     """
 
@@ -43,18 +43,18 @@ class Epoch:
 
 
 class Progress:
-    """Steps, epochs and random states of a run, saved and taken up again.
+    """Steps, epochs and random states of a run, which checkpoints save and restore.
 
     Args:
-        student, optimizer, scheduler, scaler: whose states belong to it.
-        device: where training runs.
-        others: further modules that are trained, by name.
+        student, optimizer, scheduler, scaler: objects whose states are saved too.
+        device: device to train on.
+        others: further trained modules, by name.
 
     Attributes:
-        step: optimiser steps done.
-        history: a row for each epoch done.
-        epoch: the one that is not over, if any.
-        generators: random generators beside the global ones, by where they are.
+        step: number of optimizer steps so far.
+        history: one row per finished epoch.
+        epoch: the unfinished epoch, if any.
+        generators: random-number generators beside the global ones, by their place in the objects.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class Progress:
         self.generators: dict[str, random_state.Generator] = {}
 
     def use_generators(self, owners: Mapping[str, object]) -> None:
-        """Let the random generators that can be reached from these objects belong to the random state."""
+        """Add the random-number generators that these objects hold to the random state."""
         self.generators = random_state.generators_of(owners)
 
     def random_state(self) -> dict[str, object]:
-        """State of this process' random generators: Python's, NumPy's, PyTorch's, and its own."""
+        """Return the state of all random-number generators of this process."""
         return random_state.random_state(self.generators)
 
     def set_random_state(self, state: dict[str, object]) -> None:
-        """Take back what :meth:`random_state` gave."""
+        """Restore a state of :meth:`random_state`."""
         random_state.set_random_state(state, self.generators)
 
     def seed(self, seed: int | None) -> None:
-        """Seed a run that begins; each process draws its own random numbers."""
+        """Seed a new run; each process draws its own random numbers."""
         if self.step or self.history or self.epoch:
             return
         rank = distributed.rank()
@@ -97,7 +97,7 @@ class Progress:
                 generator.manual_seed((generator.initial_seed() + rank) % 2**63)
 
     def begin(self, number: int) -> Epoch:
-        """Begin an epoch, or go on within the one that a checkpoint left."""
+        """Begin an epoch, or resume the unfinished epoch of a checkpoint."""
         if self.epoch is None:
             self.epoch = Epoch(number, self.random_state())
         else:
@@ -105,15 +105,15 @@ class Progress:
         return self.epoch
 
     def finish(self, row: dict[str, float]) -> None:
-        """The epoch is over."""
+        """Finish the epoch and add its row to the history."""
         self.history.append(row)
         self.epoch = None
 
     def save(self, folder: RunFolder) -> None:
-        """Write a checkpoint of every process' state.
+        """Write a checkpoint with the state of every process.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint cannot be written.
         """
         epoch, own = self.epoch, {"random": self.random_state()}
         state = {
@@ -134,10 +134,10 @@ class Progress:
         folder.save(self.step, self.student.state_dict(), state | {"processes": distributed.of_all(own)})
 
     def resume(self, folder: RunFolder | None) -> None:
-        """Take up the folder's last checkpoint, where this object does not know better.
+        """Restore the folder's last checkpoint, unless this object holds later state already.
 
         Raises:
-            CheckpointError: none is whole, or it is of another run.
+            CheckpointError: no checkpoint is intact, or it belongs to another run.
         """
         begun = self.epoch is not None
         if folder is None or (self.history and not begun):
@@ -147,7 +147,7 @@ class Progress:
         if found is None:
             if begun:
                 log.warning(
-                    "no checkpoint of the epoch that was cut off: it begins again, weights as they are"
+                    "no checkpoint of the interrupted epoch: it starts again with the current weights"
                 )
             self.epoch = None
             folder.go_back(self.step, self.history)

@@ -94,7 +94,7 @@ class TrainingStep:
         return LAG if self.late else 1
 
     def checking(self) -> LateChecks | nullcontext:
-        """Context of checks that belong to the next step."""
+        """Return the context for checks of the next step."""
         if not self.late:
             return nullcontext()
         if self._checks is None:
@@ -178,7 +178,7 @@ class TrainingStep:
         return result
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Signals]:
-        """Parts of the loss, and the signals that the objective had."""
+        """Compute the parts of the loss, and the signals of the objective."""
         trainer = self.trainer
         x = images if trainer.encoder is None else trainer.encoder(images)
         together = SyncedBatchNorm(self._weight > 0) if self._has_batch_norm else nullcontext()
@@ -209,7 +209,7 @@ class TrainingStep:
         return parts, signals
 
     def _update(self, images: Tensor) -> None:
-        """Run the optimiser's step, or say which layer's gradient is not finite."""
+        """Run the optimizer step, or raise an error that names the layer whose gradient is not finite."""
         trainer = self.trainer
         if distributed.world_size() > 1:  # weights of the objective are outside the wrapped student
             for parameter in own_parameters(trainer.objective):
@@ -221,7 +221,7 @@ class TrainingStep:
             raise self._error(images, str(error), error.layer) from error
 
     def _update_late(self, images: Tensor, buffers: list[Tensor]) -> None:
-        """Run the optimiser's step unless this step or, in a training that stops, an earlier one is bad."""
+        """Run the optimizer step unless this step is not finite or, with ``"stop"``, an earlier one was."""
         trainer, checks = self.trainer, self._checks
         parameters, norms = trainer.mixed_precision.gradient_norms(trainer.optimizer)
         names = {id(p): name for name, p in trainer.student.named_parameters()}
@@ -242,7 +242,7 @@ class TrainingStep:
             buffer.copy_(torch.where(skip, before, buffer))
 
     def _pieces(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """A batch in ``accumulate`` pieces, and whether each is the last."""
+        """Yield a batch in ``accumulate`` pieces, each with a flag for the last."""
         count, axis = min(self.trainer.options.accumulate, len(labels)), batch_axis(images, labels)
         if self.trainer.options.accumulate > 1:  # processes meet in each piece's pass
             count = distributed.least(count, self.trainer.device)
@@ -264,7 +264,7 @@ class TrainingStep:
         return result
 
     def _error(self, images: Tensor, message: str, layer: str | None = None) -> NonFiniteError:
-        """Error that names the first layer whose output is not finite, if there is one."""
+        """Return an error that names the first layer whose output is not finite, if there is one."""
         encoder, progress, student = self.trainer.encoder, self.trainer.progress, self.trainer.student
         before, buffers = progress.random_state(), [buffer.clone() for buffer in student.buffers()]
         try:
@@ -287,9 +287,9 @@ class TrainingStep:
             raise NonFiniteError(f"{message}; first in {layer}", layer) from cause
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
-        """Show the objective a small batch and set the taps that it asks for, before the first step.
+        """Call the objective's ``prepare`` on a small batch and set its taps, before the first step.
 
-        Draws no random number that training would have drawn. :meth:`run` calls it by itself.
+        The random state of training is not changed. :meth:`run` calls this method itself.
         """
         trainer = self.trainer
         if self.num_classes is not None and self._prepared_for is trainer.objective:
@@ -335,7 +335,7 @@ class TrainingStep:
         self._prepared_for = trainer.objective
 
     def _has_unused(self, encoded: Tensor) -> bool:
-        """Return whether some weights have no part in the output, for which processes would wait."""
+        """Return whether some weights do not influence the output; other processes would wait for them."""
         student = self.trainer.student
         weights = [p for p in student.parameters() if p.requires_grad]
         before = self.trainer.progress.random_state()
@@ -356,7 +356,7 @@ class TrainingStep:
 def _add(
     total: dict[str, Tensor], values: dict[str, Tensor | float], share: float, device: torch.device
 ) -> None:
-    """Add a piece's values to the batch's means."""
+    """Add the values of a piece to the means of the batch."""
     for name, value in values.items():
         value = value.detach() if isinstance(value, Tensor) else torch.full((), float(value), device=device)
         total[name] = total.get(name, 0) + value * share

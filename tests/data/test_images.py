@@ -179,7 +179,7 @@ def test_a_single_array_under_the_name_of_an_npz_file_is_refused(tmp_path):
 
 
 def test_a_missing_npz_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.npz is not there; it must hold"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.npz does not exist; it must hold"):
         data.load(tmp_path / "nothing.npz")
 
 

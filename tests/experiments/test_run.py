@@ -116,9 +116,9 @@ def test_two_processes_give_what_one_gives(finished, tmp_path):
 
 
 def test_what_does_not_exist_is_listed(tmp_path):
-    with pytest.raises(ExperimentError, match="no table 'V'; there are I, II, III, IV, Fig3"):
+    with pytest.raises(ExperimentError, match="unknown table 'V'; known are I, II, III, IV, Fig3"):
         reproduce("V", run_dir=tmp_path)
-    with pytest.raises(ExperimentError, match="no scale 'tiny'; there are full, small, smoke"):
+    with pytest.raises(ExperimentError, match="unknown scale 'tiny'; known are full, small, smoke"):
         reproduce("I", scale="tiny", run_dir=tmp_path)
     with pytest.raises(ExperimentError, match=r"table I has no row 'vgg6'; it has\n  cifar10/2Conv2Linear"):
         reproduce("I", ["vgg6"], run_dir=tmp_path)
@@ -136,7 +136,7 @@ def test_missing_data_sets_are_named_in_a_line_each_before_anything_is_trained(t
     with pytest.raises(ExperimentError) as stopped:
         reproduce("II", scale="full", seeds=1, root=tmp_path, run_dir=tmp_path / "runs")
     first, *lines = str(stopped.value).splitlines()
-    assert first == "3 data sets are missing, and nothing was run:"
+    assert first == "3 data sets are missing; no row was run:"
     assert lines[0] == f"  cifar10: cifar10 could not be read from {tmp_path}"
     assert [line.split(":")[0].strip() for line in lines] == ["cifar10", "cifar100", "tiny-imagenet"]
     assert "is not an unpacked tiny-imagenet-200" in lines[2]

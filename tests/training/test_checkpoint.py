@@ -131,7 +131,7 @@ def test_damage_of_the_latest_is_said_and_the_one_before_taken(tmp_path, caplog,
     assert (path.name, state) == ("00000001", {"number": 1})
     assert len(caplog.records) == 1
     assert "00000002 is damaged" in caplog.text
-    assert "going on from" in caplog.text
+    assert "resuming from" in caplog.text
 
 
 def test_all_damaged_is_an_error_that_changes_nothing(tmp_path):
@@ -139,7 +139,7 @@ def test_all_damaged_is_an_error_that_changes_nothing(tmp_path):
         flip(save(tmp_path, number) / "state.pt")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint of .*00000002 is .*00000001 is .*Nothing was changed"
+        CheckpointError, match=r"no checkpoint of .*00000002 is .*00000001 is .*No file was changed"
     ):
         checkpoint.load_latest(tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -204,7 +204,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint(small_disk):
     kept = save(small_disk, 1, {"a": torch.ones(10_000)})
-    with pytest.raises(CheckpointError, match=r"00000002 .*No space left.*00000001, is intact\. Make room"):
+    with pytest.raises(CheckpointError, match=r"00000002 .*No space left.*00000001, is intact\. Free"):
         save(small_disk, 2, {"a": torch.ones(60_000)})
     assert names(small_disk) == ["00000001"]
     assert torch.equal(checkpoint.load(kept)[0]["a"], torch.ones(10_000))

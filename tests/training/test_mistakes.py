@@ -207,7 +207,7 @@ ERRORS = {
     ),
     "a generator instead of a loader": (
         lambda: fit(data=iter(loader())),
-        "train_loader is a .*Iter, which can be gone through once; give a DataLoader or a list of batches",
+        "train_loader is a .*Iter, which can be iterated over only once; give a DataLoader or a",
     ),
     "CUDA that is not there": (
         lambda: fit(device="cuda"),

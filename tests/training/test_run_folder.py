@@ -189,13 +189,13 @@ def test_a_student_with_other_first_weights(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         unseeded(tmp_path, 2**40, stop=6)
     finished = unseeded(tmp_path, 2**41)
-    assert "first weights are not those" in caplog.text
-    with pytest.raises(ValueError, match="student began with other weights"):
+    assert "initial weights are not those" in caplog.text
+    with pytest.raises(ValueError, match="student started from other weights"):
         unseeded(tmp_path / "seeded", 3) and unseeded(tmp_path / "seeded", 3, weights=5)
     caplog.clear()
     again = run(tmp_path, 3, net=finished.student)  # as in a notebook
     assert again.epoch == 3
-    assert "first weights" not in caplog.text
+    assert "initial weights" not in caplog.text
 
 
 def unseeded(folder, seed, weights=None, stop=None):
@@ -219,16 +219,16 @@ def test_versions_that_change_are_said(tmp_path, caplog):
     del settings["fingerprint"]["optimizer"]["groups"][0]["nesterov"]  # an option that came later
     path.write_text(json.dumps(settings))
     run(tmp_path, 2)
-    assert f"was begun with torch 2.6.0, here {torch.__version__}" in caplog.text
+    assert f"was started with torch 2.6.0, here {torch.__version__}" in caplog.text
     caplog.clear()
     assert json.loads(path.read_text())["versions"]["torch"] == torch.__version__
 
 
 def test_a_finished_run_says_that_nothing_was_trained(tmp_path, caplog):
     run(tmp_path, 1)
-    assert "nothing was trained" not in caplog.text
+    assert "no epoch was trained" not in caplog.text
     assert run(tmp_path, 1).step == 4
-    (record,) = (r for r in caplog.records if "nothing was trained" in r.message)
+    (record,) = (r for r in caplog.records if "no epoch was trained" in r.message)
     assert record.levelno == logging.WARNING  # seen without a configuration of logging
     assert f"the run in {tmp_path} has its 1 epochs already" in record.message
 

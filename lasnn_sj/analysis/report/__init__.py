@@ -36,7 +36,7 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
         Path of the page.
 
     Raises:
-        NotADirectoryError: a path that is no folder.
+        NotADirectoryError: a path is not a folder.
         ValueError: no folder at all, a folder without any run, a folder as ``out``, or a link that leads out
             of it in place of the pictures' folder.
     """

@@ -67,7 +67,7 @@ class Part:
 
 @dataclass
 class Run:
-    """A run folder with its parts; notes say what is missing in it.
+    """A run folder with its parts, and notes on missing files.
 
     Attributes:
         path: the folder.
@@ -98,7 +98,7 @@ def read(folders: Iterable[str | Path]) -> list[Run]:
     Runs are sought two folders deep, as the command line lays them out: ``runs/NAME/seed0``.
 
     Raises:
-        NotADirectoryError: a path that is no folder.
+        NotADirectoryError: a path is not a folder.
         ValueError: a folder without any run.
     """
     runs: list[Run] = []
@@ -278,7 +278,7 @@ def _check_inspection(part: Part, name: str, notes: list[str]) -> None:
 
 
 def _said_to_be_absent(key: str, inspection: Mapping) -> bool:
-    """Return whether the inspection itself says that it has nothing of this."""
+    """Return whether the inspection notes that it lacks this part."""
     nothing = {"levels": [], "top1_over_time": None}
     return key in inspection and key in nothing and inspection[key] == nothing[key]
 
