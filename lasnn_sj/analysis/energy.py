@@ -108,7 +108,7 @@ def count_operations(
 
 
 def _count(student: nn.Module, encoded: Tensor, events: bool) -> Operations:
-    """Operations of one encoded batch ``[T, N, ...]``; with ``events`` its whole numbers count events."""
+    """Count the operations of an encoded batch ``[T, N, ...]``; with ``events`` its integers count events."""
     counter = _Counter(student, *encoded.shape[:2])
     if events and bool((encoded == encoded.round()).all()):
         counter.mark(encoded, 1)
@@ -162,7 +162,7 @@ class _Counter(BaseCounter):
         self._kept.append(x)
 
     def _spikes(self, x: Tensor) -> tuple[Tensor, float] | None:
-        """Numbers of spikes in ``x`` and their factor (see :meth:`mark`); ``None`` for real values."""
+        """Return the spike counts in ``x`` and their factor (see :meth:`mark`); ``None`` for real values."""
         factor = self._marks.get(x.untyped_storage().data_ptr())
         if factor is None:
             return (x.abs().double(), 1.0) if bool(((x == 0) | (x.abs() == 1)).all()) else None
@@ -231,7 +231,7 @@ class _Counter(BaseCounter):
         return synops
 
     def operations(self) -> Operations:
-        """Mean counts of one sample."""
+        """Return the mean counts of one sample."""
         T, batch = self.T, self.batch
         steps = {True: torch.zeros(T, dtype=torch.float64), False: torch.zeros(T, dtype=torch.float64)}
         steps[True] += self._spread["synops"] / T

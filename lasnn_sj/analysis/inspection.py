@@ -341,7 +341,7 @@ class _Maps:
         return [{"student": name, "teacher": None} for name in names], missing
 
     def of_student(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The student's output, and its maps ``[N, H, W]``."""
+        """Return the student's output and its maps ``[N, H, W]``."""
         with self.taps or nullcontext():
             outputs = self.student(inputs)
             read = self.taps.collect() if self.taps else []
@@ -370,7 +370,7 @@ def _examples(
     samples: int,
     device: torch.device,
 ) -> tuple[list[dict[str, int | None]], Tensor, dict[str, np.ndarray]]:
-    """The first samples that are right and the first that are wrong: labels, inputs, and arrays to keep."""
+    """Collect the first correct and the first wrong samples: labels, inputs, and arrays to keep."""
     kinds: dict[bool, list[tuple[dict, Tensor, list[Tensor]]]] = {True: [], False: []}
     half, seen = examples // 2, 0
     for index, batch in enumerate(loader):
@@ -406,9 +406,9 @@ def _examples(
 
 
 def _pictures(images: Tensor, axis: int) -> np.ndarray:
-    """Images ``[N, C, H, W]`` or event frames ``[T, N, C, H, W]``, all steps in one, as colours, uint8.
+    """Convert images ``[N, C, H, W]``, or event frames ``[T, N, C, H, W]`` summed over time, to colours.
 
-    What has other dimensions is one line of pixels.
+    Inputs of other dimensions become one line of pixels. The result is uint8.
     """
     x = (images.sum(0) if axis == 1 else images).float().cpu().numpy()
     if x.ndim != 4:

@@ -30,7 +30,7 @@ class Stage:
     extra: bool = False
 
     def label(self, T: int | None = None) -> str:
-        """Title with the number of time steps, where there are any."""
+        """Return the title with the number of time steps, if any."""
         if self.leaves == "ann":
             return self.title
         if T is None:
@@ -57,7 +57,7 @@ ORDER = (*STAGES, "alone", "sparse", "default")
 
 
 def title(kind: str) -> str:
-    """Title of a stage or of a row of reverse distillation, by the name of its folder."""
+    """Return the title of a stage or row of reverse distillation by the name of its folder."""
     if kind in STAGES:
         return STAGES[kind].label()
     name, _, ratio = kind.replace(" ", "_").partition("_")

@@ -377,7 +377,7 @@ def scale_output(
 
 
 def _scores(snn: nn.Module, images: Tensor, encoder: nn.Module, chunk: int) -> Tensor:
-    """Class scores ``[N, K]``; time streams through in pieces."""
+    """Compute class scores ``[N, K]``, with time in chunks."""
     readout, total, left = resolve_readout(snn, "auto"), torch.zeros(()), encoder.T
     functional.reset_net(snn)
     while left:

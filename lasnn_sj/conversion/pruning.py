@@ -101,7 +101,7 @@ class Sparsity:
         return self.zeros / self.connections if self.connections else 0.0
 
     def fraction(self, layer: str) -> float:
-        """Fraction of one layer's connections that are 0."""
+        """Return the fraction of one layer's connections that are 0."""
         zeros, connections = self.layers[layer]
         return zeros / connections
 

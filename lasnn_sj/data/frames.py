@@ -79,7 +79,7 @@ def to_frames(events: np.ndarray, sensor_size: tuple[int, int], framing: Framing
 
 
 def _in_last(place: np.ndarray, length: int, T: int) -> np.ndarray:
-    """Frame of each place when ``T`` frames have ``length // T`` places, and the last one the rest too."""
+    """Return the frame of each place for ``T`` frames of ``length // T`` places; the last takes the rest."""
     each = length // T
     return np.minimum(place // each, T - 1) if each else np.full_like(place, T - 1)
 

@@ -28,7 +28,7 @@ def activation_map(
     normalize: bool = True,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention of an activation, Eq. 5-6 per position: ``F(A) = mean over C of |A|^power``.
+    """Compute the attention of an activation, Eq. 5-6 per position: ``F(A) = mean over C of |A|^power``.
 
     The right side of Eq. 6 as printed averages over space too, which would leave no map. For a student,
     ``a`` is the firing rate, the mean over time of a layer's spikes; as a spike is its own square, Eq. 6
@@ -54,7 +54,7 @@ def activation_map(
 def gradient_map(
     g: Tensor, *, center: bool = False, normalize: bool = True, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Gradient attention of a teacher, Eq. 10 per layer: ``mean over C of |d CE / d A|``.
+    """Compute the gradient attention of a teacher, Eq. 10 per layer: ``mean over C of |d CE / d A|``.
 
     Args:
         g: gradient of the loss with respect to a layer's activations, ``[N, C, H, W]``.
@@ -69,7 +69,7 @@ def gradient_map(
 def spike_activation_map(
     spikes: Tensor, *, normalize: bool = True, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Spike activation map of a student, Eq. 11, from the spikes of all steps.
+    """Compute the spike activation map of a student, Eq. 11, from the spikes of all steps.
 
     ``M[t] = sum over C of N[t] * o[t]`` with ``N[t] = sum over earlier spikes t' of exp(-(t - t'))``,
     averaged over ``t``. The gradient flows through ``o[t]``, not through ``N[t]``. In training the
@@ -107,7 +107,7 @@ def attention_loss(
     student_maps: Sequence[Tensor],
     distance: Literal["l2", "mse"] = "l2",
 ) -> Tensor:
-    """Distance of attention maps, Eq. 7 and 12.
+    """Compute the distance of attention maps, Eq. 7 and 12.
 
     ``L_at = sum over pairs l of || F_l(teacher) - F_l(student) ||_2``, mean over the batch; the norm is
     not squared.
@@ -130,7 +130,7 @@ def attention_loss(
 def pair_distances(
     teacher_maps: Sequence[Tensor], student_maps: Sequence[Tensor], distance: Literal["l2", "mse"] = "l2"
 ) -> list[Tensor]:
-    """Distance of each pair of maps, mean over the batch; :func:`attention_loss` is their sum."""
+    """Compute the distance of each pair of maps, mean over the batch; :func:`attention_loss` is their sum."""
     if len(teacher_maps) != len(student_maps) or not teacher_maps:
         raise ValueError(
             f"attention_loss needs the same number of maps, at least one, of teacher and student, "
@@ -284,7 +284,7 @@ class Attention(Objective):
         return {"attention": weight / 2 * sum(distances)}
 
     def student_maps(self, signals: Signals) -> list[Tensor]:
-        """The student's map of each pair, ``[N, H * W]``."""
+        """Return the student's map of each pair, ``[N, H * W]``."""
         read = [
             as_map(signals.student[pair.student, self.reading], pair.size, pair.form) for pair in self.chosen
         ]
@@ -295,7 +295,7 @@ class Attention(Objective):
         ]
 
     def teacher_maps(self, signals: Signals) -> list[Tensor]:
-        """The teacher's map of each pair at the student's size, ``[N, H * W]``."""
+        """Return the teacher's map of each pair at the student's size, ``[N, H * W]``."""
         finish = gradient_map if self.kind == "gradient" else activation_map
         read = signals.teacher_gradients if self.kind == "gradient" else signals.teacher
         return [
@@ -307,7 +307,7 @@ class Attention(Objective):
         ]  # fmt: skip
 
     def _flat(self, maps: Tensor) -> Tensor:
-        """Flat maps of the same mean or, where maps are normalized, of norm 1; 0 where they are centered."""
+        """Return flat maps of the same mean, or of norm 1 if maps are normalized; 0 if they are centered."""
         if self.center:
             return torch.zeros_like(maps)
         if self.normalize:
@@ -316,7 +316,7 @@ class Attention(Objective):
 
 
 def _named(pairs: object) -> tuple[tuple[str, str], ...]:
-    """Pairs of module names as tuples.
+    """Return pairs of module names as tuples.
 
     Raises:
         ValueError: anything else.

@@ -192,7 +192,7 @@ class StableNoise(Objective):
         return {"noise": self.alpha * self.temperature**2 * each.mean()}
 
     def _classify(self, rates: Tensor) -> Tensor | None:
-        """The classifier's output for a layer's rates; ``None`` where it does not take them."""
+        """Return the classifier's output for a layer's rates; ``None`` if it does not accept them."""
         for features in (_positions_averaged(rates, self._form), rates.flatten(1)):
             if self._linear is not None and features.shape[1] == self._linear.in_features:
                 weight, bias = self._linear.weight, self._linear.bias
@@ -213,7 +213,7 @@ def _described(network: nn.Module) -> str:
 
 
 def _positions_averaged(x: Tensor, form: Form) -> Tensor:
-    """Mean over the positions of a map or of tokens, ``[N, C]``; features ``[N, C]`` as they are."""
+    """Average over the positions of a map or of tokens, ``[N, C]``; features ``[N, C]`` are unchanged."""
     if x.dim() == 2:
         return x
     return x.mean(1) if form == "NLC" else x.flatten(2).mean(2)
@@ -221,7 +221,7 @@ def _positions_averaged(x: Tensor, form: Form) -> Tensor:
 
 @torch.no_grad()
 def _spikes(look: Look, name: str) -> Tensor:
-    """Spikes of a layer for the look's batch, ``[T, N, ...]``."""
+    """Return the spikes of a layer for the look's batch, ``[T, N, ...]``."""
     taps = StudentTaps(look.student, [(name, "spikes")])
     functional.reset_net(look.student)
     try:

@@ -81,18 +81,18 @@ class _OnePair(Objective):
         return Needs(student=((pair.student, "firing_rate"),), teacher=(pair.teacher,))
 
     def choose(self, look: Look) -> Pair:
-        """The pair of layers; kept for the steps."""
+        """Choose the pair of layers, and keep it for the steps."""
         names = None if self.pair is None else [_pair_of_names(self.pair)]
         self._pair = choose_pairs(look.student, look.teacher, look.inputs, look.images, names)[-1]
         return self._pair
 
     def channels(self, look: Look) -> tuple[int, int]:
-        """Channels of the student's and of the teacher's layer."""
+        """Return the channels of the student's and of the teacher's layer."""
         rates, features = self.maps(_read(look, self._pair))
         return rates.shape[1], features.shape[1]
 
     def maps(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Firing rates of the student and features of the teacher at the student's size, ``[N, C, H, W]``."""
+        """Return the student's firing rates and the teacher's features at their size, ``[N, C, H, W]``."""
         pair = self._pair
         rates = as_map(signals.student[pair.student, "firing_rate"], pair.size, pair.form)
         features = as_map(signals.teacher[pair.teacher], pair.teacher_size, pair.teacher_form)
@@ -257,7 +257,7 @@ class StableSpike(Objective):
 
 
 def shared_spikes(spikes: Tensor) -> Tensor:
-    """Spikes that a step shares with the next, ``S_t and S_t+1``.
+    """Return the spikes that a step shares with the next, ``S_t and S_t+1``.
 
     Args:
         spikes: ``[T, N, ...]``, 0 or one other value, such as that of dropout.
@@ -269,12 +269,12 @@ def shared_spikes(spikes: Tensor) -> Tensor:
 
 
 def spike_value(spikes: Tensor) -> Tensor:
-    """The value of a spike, a scalar; of no spikes the smallest number above 0."""
+    """Return the value of a spike, a scalar; without spikes the smallest positive number."""
     return spikes.detach().amax().clamp(min=torch.finfo(spikes.dtype).tiny)
 
 
 def _distances(e: Tensor) -> Tensor:
-    """Distances of all pairs of samples divided by their mean, ``[N, N]``; 0 where all are equal."""
+    """Compute the distances of all pairs of samples divided by their mean, ``[N, N]``; 0 if all are equal."""
     square = (e.unsqueeze(0) - e.unsqueeze(1)).square().sum(2)
     other = square > 0
     distances = torch.where(other, square, 1.0).sqrt() * other  # sqrt has no gradient at 0
@@ -282,7 +282,7 @@ def _distances(e: Tensor) -> Tensor:
 
 
 def _angles(e: Tensor) -> Tensor:
-    """Cosines of the angles at ``i`` between the directions to ``j`` and ``k``, ``[N, N, N]``."""
+    """Compute the cosines of the angles at ``i`` between the directions to ``j`` and ``k``, ``[N, N, N]``."""
     directions = F.normalize(e.unsqueeze(0) - e.unsqueeze(1), dim=2)
     return torch.einsum("ijc,ikc->ijk", directions, directions)
 
@@ -296,7 +296,7 @@ def _pair_of_names(pair: object) -> tuple[str, str]:
 
 @torch.no_grad()
 def _read(look: Look, pair: Pair) -> Signals:
-    """Signals of a pair's layers for the look's batch."""
+    """Read the signals of a pair's layers for the look's batch."""
     signals = Signals(look.outputs, torch.empty(0))
     wanted = (pair.student, "firing_rate")
     mine, theirs = StudentTaps(look.student, [wanted]), TeacherTaps(look.teacher, [pair.teacher])

@@ -115,7 +115,7 @@ class SASTC(Objective, LateWeights):
         return {"kd": self.alpha * self.temperature**2 * kd, "calibrated": self.beta * calibrated}
 
     def _maps(self, signals: Signals) -> tuple[list[Tensor], list[Tensor]]:
-        """Spikes ``[T, N, C, H, W]`` and features ``[N, C, H, W]`` of the layers."""
+        """Return the spikes ``[T, N, C, H, W]`` and features ``[N, C, H, W]`` of the layers."""
         spikes, features = [], []
         for pair in self._pairs:
             one = signals.student[pair.student, "spikes"]
@@ -126,7 +126,7 @@ class SASTC(Objective, LateWeights):
         return spikes, features
 
     def _embed(self, side: str, number: int, products: Tensor) -> Tensor:
-        """Query or key of length 1 of each row of ``[..., N, N]``."""
+        """Compute the query or key of length 1 of each row of ``[..., N, N]``."""
         first, bias, second, second_bias = (
             self.get_parameter(f"{side}{part}{number}") for part in ("", "_bias", "_out", "_out_bias")
         )
@@ -134,7 +134,7 @@ class SASTC(Objective, LateWeights):
         return F.normalize(F.linear(F.linear(rows, first, bias).relu(), second, second_bias), dim=-1)
 
     def _distance(self, spikes: Tensor, features: Tensor, number: str) -> Tensor:
-        """Mean square of what ``R`` makes of the spikes less the features, ``[T, N]``."""
+        """Compute the mean square of ``R(spikes) - features``, ``[T, N]``."""
         conv, scale, shift, project = (
             self.get_parameter(part + number) for part in ("conv", "scale", "shift", "project")
         )
@@ -153,6 +153,6 @@ class SASTC(Objective, LateWeights):
 
 
 def _products(x: Tensor) -> Tensor:
-    """Inner products of the samples, ``[..., N, N]``, of ``[..., N, C, H, W]``."""
+    """Compute the inner products of the samples, ``[..., N, N]``, of ``[..., N, C, H, W]``."""
     x = x.flatten(-3)
     return x @ x.transpose(-1, -2)

@@ -23,7 +23,7 @@ def sparse_kd(
     alpha: float,
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
-    """Distillation of softened logits, reverse-KD's Eq. 4-5.
+    """Compute the distillation loss of softened logits, reverse-KD's Eq. 4-5.
 
     ``L = alpha * tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)) + (1 - alpha) * CE``. The KL
     divergence is a sum over the classes, its mean over the batch. The paper writes its arguments the
@@ -55,7 +55,7 @@ def default_kd(
     alpha: float,
     soften: Literal["probability", "log"] = "probability",
 ) -> Tensor:
-    """Distillation of a virtual teacher that is always right, reverse-KD's Eq. 6-7.
+    """Compute the distillation loss of a virtual teacher that is always right, reverse-KD's Eq. 6-7.
 
     The teacher gives ``p = probability`` to the true class and ``(1 - probability) / (K - 1)`` to the
     others. ``L = alpha * KL(softened teacher || softmax(student)) + (1 - alpha) * CE``; as in Yuan et
@@ -201,7 +201,7 @@ class SparseKD(Objective):
         )
 
     def teacher_logits(self, inputs: Tensor, batch: int) -> Tensor:
-        """The teacher's class scores ``[N, K]`` of encoded inputs ``[T, N, ...]``."""
+        """Compute the teacher's class scores ``[N, K]`` of encoded inputs ``[T, N, ...]``."""
         return class_scores(
             spiking_teacher(self.teacher, inputs), batch, resolve_readout(self.teacher, "auto")
         )
@@ -336,7 +336,7 @@ class DIST(Objective):
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of rows; 0 where a row is constant."""
+    """Compute Pearson's correlation of rows; 0 if a row is constant."""
     return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
 
 
@@ -389,7 +389,7 @@ def divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 
 def same_classes(scores: Tensor, teacher_logits: Tensor | None, name: str) -> Tensor:
-    """The teacher's logits as constants of the scores' dtype.
+    """Return the teacher's logits, detached, in the dtype of the scores.
 
     Raises:
         ValueError: there are none, or of other classes than the student's.

@@ -258,7 +258,7 @@ def parts_of(objective: object, signals: Signals) -> dict[str, Tensor]:
 
 
 def weight_at(schedule: Schedule, epoch: int, epochs: int) -> float:
-    """Factor of a weight in an epoch.
+    """Return the factor of a weight in an epoch.
 
     ``"linear"`` is ``1 - p`` and ``"cosine"`` ``(1 + cos(pi * p)) / 2`` with the progress
     ``p = epoch / (epochs - 1)``, 0 in the first epoch and 1 in the last; ``"exponential"`` is

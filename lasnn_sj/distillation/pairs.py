@@ -72,7 +72,7 @@ def as_map(x: Tensor, size: tuple[int, int], form: Form) -> Tensor:
 
 
 def find_module(model: nn.Module, name: str, role: str) -> str:
-    """The one module that ``name`` means: its full name, or a pattern that fits just it.
+    """Find the one module of a full name, or of a pattern that matches only one.
 
     In a pattern ``*`` and ``?`` stand for characters between two dots, as in ``features.*.neuron``.
 
@@ -208,8 +208,11 @@ def _is_neuron(module: nn.Module) -> bool:
 
 
 def _three_levels(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Index of the last layer of each level: three contiguous groups, cut where the resolution changes
-    if it can be, and then as even in depth as possible."""
+    """Return the index of the last layer of each level.
+
+    The levels are three contiguous groups, split where the resolution changes if possible, and then as even
+    in depth as possible.
+    """
     n = len(sizes)
     if n <= 3:
         return list(range(n))
@@ -224,7 +227,7 @@ def _three_levels(sizes: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _levels(layers: Sequence[_Seen]) -> list[_Seen]:
-    """The last layer of each level, of those with at least 4x4 pixels where there are such."""
+    """Return the last layer of each level, among layers with at least 4x4 pixels if there are any."""
     large = [entry for entry in layers if min(entry.size) >= 4] or list(layers)
     return [large[index] for index in _three_levels([entry.size for entry in large])]
 
@@ -265,7 +268,7 @@ def _teacher_levels(teacher: nn.Module, seen: Sequence[_Seen]) -> list[_Seen]:
 
 
 def _repeated_blocks(model: nn.Module) -> set[str]:
-    """Names of the blocks that a transformer repeats: modules in a list with another of their type."""
+    """Return the names of a transformer's repeated blocks: modules in a list with others of their type."""
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList)):
@@ -392,7 +395,7 @@ def choose_pairs(
 
 
 def _without_gradient(teacher: nn.Module, images: Tensor, seen: Sequence[_Seen]) -> set[str]:
-    """Names of the layers whose map has no influence on the teacher's scores."""
+    """Return the names of the layers whose map does not influence the teacher's scores."""
     names = [entry.name for entry in seen if entry.calls == 1]
     if not names:
         return set()

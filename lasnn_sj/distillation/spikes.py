@@ -58,7 +58,7 @@ class SpikeKD(Objective):
         return {"ce": ce, "spike_kd": self.alpha * distance.mean()}
 
     def _counts(self, potentials: Tensor) -> Tensor:
-        """Input of each output neuron in each window, of length 1 over the classes, ``[W, N, K]``."""
+        """Compute the inputs of the output neurons by window, normalized over the classes, ``[W, N, K]``."""
         ends = [round(len(potentials) * (w + 1) / self.windows) - 1 for w in range(self.windows)]
         reached = potentials[ends].float()
         received = torch.diff(reached, dim=0, prepend=torch.zeros_like(reached[:1]))

@@ -43,7 +43,7 @@ class _Taps:
         return hook
 
     def read(self, name: str, module: nn.Module, output: Tensor) -> tuple[object, Tensor | None]:
-        """Value to keep of a module's output, and the output to pass on in its place."""
+        """Return the value to keep of a module's output, and the output to pass on."""
         raise NotImplementedError
 
     def __enter__(self) -> _Taps:
@@ -54,7 +54,7 @@ class _Taps:
         self._active = False
 
     def _read_once(self) -> dict[str, object]:
-        """Values by name, since entering.
+        """Return the values by name that were read since entering.
 
         Raises:
             TapError: a tap fired other than once.
@@ -102,7 +102,7 @@ class StudentTaps(_Taps):
         super().__init__(student, list(self._readings))
 
     def read(self, name: str, module: nn.Module, output: Tensor) -> tuple[dict[str, Tensor], None]:
-        """The readings of a module, by name."""
+        """Return the readings of a module, by name."""
         recorded = getattr(module, "recorded", {})
         return {
             reading: recorded[reading] if reading in recorded else self._compute(name, reading, output)
@@ -132,7 +132,7 @@ class StudentTaps(_Taps):
             node.record, node.recorded, node.through_trace = record, {}, through_trace
 
     def collect(self) -> list[Tensor]:
-        """Values read since entering, in the order of ``wanted``.
+        """Return the values read since entering, in the order of ``wanted``.
 
         Raises:
             TapError: a tap fired other than once.
@@ -166,7 +166,7 @@ class ChunkTaps(StudentTaps):
         ]
 
     def no_traces(self) -> list[None]:
-        """The traces before the first piece."""
+        """Return the traces before the first piece."""
         return [None] * len(self._places)
 
     def _take_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -177,7 +177,7 @@ class ChunkTaps(StudentTaps):
         return args, kwargs
 
     def read(self, name: str, module: nn.Module, output: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The piece's mean readings, and the output times its dropout mask."""
+        """Return the mean readings of a piece, and the output times its dropout mask."""
         values, _ = super().read(name, module, output)
         mask = self._masks.pop(module, None)
         if name not in self._places:
@@ -214,13 +214,13 @@ class TeacherTaps(_Taps):
         super().__init__(teacher, names)
 
     def read(self, name: str, module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The output; a copy is passed on, which an in-place layer behind may overwrite."""
+        """Return the output; a copy is passed on, which a later in-place layer may overwrite."""
         if self.gradients and not output.requires_grad:
             output = output.detach().requires_grad_()
         return output, output.clone()
 
     def collect(self) -> dict[str, Tensor]:
-        """Outputs read since entering, by module name.
+        """Return the outputs read since entering, by module name.
 
         Raises:
             TapError: a tap fired other than once.
@@ -229,7 +229,7 @@ class TeacherTaps(_Taps):
 
 
 def trace_map(spikes: Tensor, through_trace: bool = False) -> Tensor:
-    """Mean over time of ``N[t] * o[t]`` for each neuron (Eq. 11), from the spikes of all steps.
+    """Compute the mean over time of ``N[t] * o[t]`` for each neuron (Eq. 11), from the spikes of all steps.
 
     Args:
         spikes: ``[T, N, ...]``.

@@ -343,12 +343,12 @@ def _per_step_ce(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def _right(z: Tensor, labels: Tensor) -> Tensor:
-    """Steps whose largest class is the label, ``[T, N]``."""
+    """Return the steps whose predicted class is the label, ``[T, N]``."""
     return z.argmax(2) == labels
 
 
 def _of_correct_steps(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the correct steps' logits, ``[N, K]``, a constant, and samples that have such a step."""
+    """Average the logits of correct steps, ``[N, K]``, detached; also return which samples have one."""
     right = _right(z, labels)
     count = right.sum(0).clamp(min=1).unsqueeze(1)
     return (z.detach() * right.unsqueeze(2)).sum(0) / count, right.any(0)

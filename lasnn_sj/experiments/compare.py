@@ -110,7 +110,7 @@ class Comparison(runs.Experiment):
                     raise ValueError(f"{key}: unknown row {row!r}{config.nearest(row, list(self.rows))}")
 
     def objective(self, row: str) -> Objective:
-        """A row's objective."""
+        """Build the objective of a row."""
         try:
             return parse_objective(self.rows[row])
         except ValueError as error:
@@ -202,7 +202,7 @@ class Comparison(runs.Experiment):
             part.train(row, self.objective(row))
 
     def results(self) -> dict[str, dict[int, Mapping]]:
-        """Results that are there, by row and seed."""
+        """Read the existing results by row and seed."""
         found: dict[str, dict[int, Mapping]] = {}
         for row in (START, *self.rows):
             name = "start" if row == START else folder_name(row)
@@ -269,7 +269,7 @@ class Comparison(runs.Experiment):
         return ann
 
     def _facts(self) -> dict[str, object]:
-        """Settings that all rows and seeds share; rows and seeds themselves may be added."""
+        """Return the settings that all rows and seeds share; rows and seeds may be added."""
         own = config.plain(self)
         free = ("rows", "baseline", "gains", "seeds", "run_dir", "device", "processes", "root", "source",
                 "ann_weights", "teacher_checkpoint", "where")  # fmt: skip
@@ -316,7 +316,7 @@ class Comparison(runs.Experiment):
         return table
 
     def table(self, results: Results) -> str:
-        """Markdown table of results by row and seed."""
+        """Format results by row and seed as a Markdown table."""
         head = ["row", "seeds", "top-1 %", f"gain over {self.baseline}", "time", "s/epoch", "peak MiB",
                 "spikes/neuron"]  # fmt: skip
         if self.gains:
@@ -375,7 +375,7 @@ class Comparison(runs.Experiment):
 def paired(
     results: Results, row: str, other: str, key: str = "top1", of=lambda a, b: a - b
 ) -> dict[int, float]:
-    """Differences of two rows in the seeds that both have, by seed."""
+    """Return the differences of two rows by seed, for the seeds of both."""
     rows, others = results[row], results.get(other, {})
     both = {s: (r.get(key), others[s].get(key)) for s, r in rows.items() if s in others}
     return {seed: of(a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
@@ -387,7 +387,7 @@ def _must_be_there(key: str, path: Path) -> None:
 
 
 def _plot(run: Comparison, results: Results, path: Path) -> None:
-    """Gains with their intervals, and accuracy after each time step."""
+    """Plot gains with their intervals, and accuracy after each time step."""
     from matplotlib.figure import Figure  # slow to import, needed only here
     from matplotlib.ticker import MaxNLocator
 

@@ -119,7 +119,7 @@ class Pipeline(Runner):
         return build_encoder(self.recipe, self.device, T)
 
     def teacher(self) -> nn.Module:
-        """Stage 1's network, trained, or the one that was given."""
+        """Return the trained network of stage 1, or the given one."""
         given = None if self._given is None else type(self._given).__name__
         self._check("teacher.json", {"given_teacher": given})
         if self._given is not None:
@@ -128,7 +128,7 @@ class Pipeline(Runner):
         return self._load("teacher", self._build_teacher()).eval()
 
     def student(self, stage: str) -> nn.Module:
-        """The network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it.
+        """Return the network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it.
 
         What is not there yet is trained; ``"converted"`` and ``"start"`` are made without evaluating them.
         """
@@ -381,7 +381,7 @@ def build_encoder(recipe: Recipe, device: torch.device | str, T: int | None = No
 
 
 def lr_factor(schedule: str, epochs: int, epoch: int) -> float:
-    """Factor of the learning rate in an epoch, 0 the first; see :class:`.Recipe`."""
+    """Return the factor of the learning rate in an epoch, starting at 0; see :class:`.Recipe`."""
     progress = epoch / epochs
     if schedule == "steps":
         return 0.1 ** sum(progress >= part for part in (0.4, 0.65, 0.85))

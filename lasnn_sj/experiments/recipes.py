@@ -87,7 +87,7 @@ class Recipe:
 
 
 def rathi(recipe: Recipe) -> Recipe:
-    """A recipe with the details of Rathi et al. (2020), on whose hybrid training LaSNN builds.
+    """Return a recipe with the details of Rathi et al. (2020), on whose hybrid training LaSNN builds.
 
     Dropout 0.5 in the classifier, AMSGrad, a tenth of the learning rate after 40, 65 and 85 % of the epochs,
     and no leak. LaSNN's text mentions none of these.
@@ -96,7 +96,7 @@ def rathi(recipe: Recipe) -> Recipe:
 
 
 def described(recipe: Recipe) -> dict[str, object]:
-    """Settings for a run folder; options that came later are left out where they have their defaults."""
+    """Return the settings for a run folder, without later options that have their defaults."""
     later = {"classifier_dropout": None, "amsgrad": False}
     return {k: v for k, v in asdict(recipe).items() if k not in later or v != later[k]}
 

@@ -43,7 +43,7 @@ def write(
 def markdown(
     name: str, table: Table, scale: Scale, results: Results, rows: Sequence[Row], device: str
 ) -> str:
-    """The table with what it was run on; rows without a result say so."""
+    """Format the table with its environment; rows without a result are marked."""
     reduced = scale != "full"
     ours = "ours, top-1 %" + (f" ({scale} scale)" if reduced else "")
     head = ["row", "paper, top-1 %", ours, "seeds", "difference", "T", "s/epoch", "peak MiB", "spikes/neuron"]
@@ -127,7 +127,7 @@ def _write_long(path: str, columns: tuple[str, str], lines: Mapping[tuple[Row, i
 
 
 def _plot(path: str, title: str, results: Results, curves: Mapping[tuple[Row, int], Sequence[float]]) -> None:
-    """Accuracy after each step, one panel for each network, mean and range over seeds; dashed: the ANN."""
+    """Plot the accuracy after each step, one panel per network, mean and range over seeds; ANN dashed."""
     import matplotlib.pyplot as plt  # slow to import, needed only here
 
     nets = list(dict.fromkeys((row.dataset, row.net) for row, _ in curves))

@@ -75,7 +75,7 @@ class ReversePipeline(Runner):
             self._check("frames.json", asdict(data.train.framing) | {"augment": augment})
 
     def run(self) -> dict[str, Result]:
-        """Results by row: ``"alone"``, ``"sparse 0.1"``, ..., ``"default"``.
+        """Run the rows and return results by row: ``"alone"``, ``"sparse 0.1"``, ..., ``"default"``.
 
         Each has ``top1`` in percent, ``loss``, ``samples``, ``top1_over_time`` (after 1, 2, ..., ``T``
         steps), ``spikes_per_neuron``, ``seconds`` (of the process that finished it), ``seconds_per_epoch``,
@@ -93,7 +93,7 @@ class ReversePipeline(Runner):
         return results
 
     def student(self, row: str) -> nn.Module:
-        """The trained network of a row."""
+        """Load the trained network of a row."""
         net = self._build()
         path = self.run_dir / folder_name(row) / "weights.safetensors"
         error = self._fill(net, path)
@@ -156,7 +156,7 @@ class ReversePipeline(Runner):
 
 
 def table(runs: Sequence[Mapping[str, Result]]) -> str:
-    """Markdown table of one run, or of several seeds as mean and sample standard deviation.
+    """Format the results of one run, or of several seeds as mean and sample standard deviation.
 
     The gain over the student alone is the mean of the differences by seed, with its 95 % t-interval.
     """
@@ -175,7 +175,7 @@ def table(runs: Sequence[Mapping[str, Result]]) -> str:
 
 
 def write_csv(path: str | Path, runs: Mapping[int, Mapping[str, Result]]) -> None:
-    """One line for each seed and row of several runs, ``runs`` by seed."""
+    """Write one line for each seed and row of several runs, ``runs`` by seed."""
     columns = ("seed", "row", "teacher_top1", "top1", "loss", "samples", "seconds")
     lines = [
         (seed, row, *(result.get(name) for name in columns[2:]))

@@ -131,7 +131,7 @@ class Experiment(ABC):
             )
 
     def finished(self, seed: int) -> list[str]:
-        """Rows of a seed that have a trained spiking network and its result."""
+        """Return the rows of a seed that have a trained spiking network and its result."""
         folders = sorted(path.parent for path in (self.run_dir / f"seed{seed}").glob("*/result.json"))
         rows = (self._row(f.name) for f in folders if (f / "weights.safetensors").exists())
         return [row for row in rows if row is not None]
@@ -152,14 +152,14 @@ class Experiment(ABC):
 
     @abstractmethod
     def title(self) -> str:
-        """The table's heading."""
+        """Return the heading of the table."""
 
     @abstractmethod
     def _load(self) -> ImageData | events.EventData:
-        """The whole data set."""
+        """Load the whole data set."""
 
     def _limit(self, loaded: ImageData | events.EventData) -> ImageData | events.EventData:
-        """Its part that the run uses."""
+        """Select the part of the data set that the run uses."""
         return loaded
 
     @abstractmethod

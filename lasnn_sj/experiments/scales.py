@@ -54,14 +54,14 @@ class Reverse:
     reduced: str
 
     def encoder(self) -> nn.Module | None:
-        """Images to time steps; event frames have them."""
+        """Return the encoder of images; ``None`` for event frames."""
         if self.framing is not None:
             return None
         return DirectEncoder(self.T)
 
 
 def lasnn(row: Row, scale: Scale, seed: int) -> Lasnn:
-    """The settings of a row; ``reduced`` says what is less than the paper's, and is empty at full scale."""
+    """Return the settings of a row; ``reduced`` lists reductions from the paper's, none at full scale."""
     T = row.T if scale == "full" else max(4, round(row.T * 0.08)) if scale == "small" else 4
     base = {"full": Recipe(), "small": SMALL_LASNN, "smoke": SMOKE_LASNN}[scale]
     if scale != "smoke" and not row.reverse:
@@ -122,7 +122,7 @@ def reverse_kd(row: Row, scale: Scale, seed: int) -> Reverse:
 
 @lru_cache(maxsize=4)
 def images(dataset: str, scale: Scale, root: Path, second_paper: bool = False) -> data.ImageData:
-    """A row's images: ``root/NAME.npz`` where there is such a file, else what :func:`data.load` finds.
+    """Load the images of a row from ``root/NAME.npz`` if it exists, else by :func:`data.load`.
 
     At full scale all training images train, as in the papers; otherwise some are held out for validation.
     """
@@ -141,5 +141,5 @@ def images(dataset: str, scale: Scale, root: Path, second_paper: bool = False) -
 
 @lru_cache(maxsize=2)
 def recordings(dataset: str, framing: events.Framing, augment: bool, root: Path) -> events.EventData:
-    """A row's event frames."""
+    """Load the event frames of a row."""
     return events.load(dataset, root, framing, augment)

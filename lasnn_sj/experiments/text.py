@@ -39,7 +39,7 @@ def mean(values: Sequence[float | None], form: str) -> str:
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> float | None:
-    """Half the width of the t-interval of a mean: ``t * s / sqrt(n)``, ``None`` for fewer than 2 values."""
+    """Return half the width of a mean's t-interval, ``t * s / sqrt(n)``; ``None`` for fewer than 2 values."""
     from scipy import stats  # slow to import
 
     if len(values) < 2:

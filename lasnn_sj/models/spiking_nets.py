@@ -328,7 +328,7 @@ class SpikingResNet19(nn.Module):
 def spiking_resnet18(
     num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> SpikingResNet18:
-    """Spiking ResNet18. For the arguments see :class:`SpikingResNet18`."""
+    """Build a spiking ResNet18. For the arguments see :class:`SpikingResNet18`."""
     return SpikingResNet18(num_classes, in_channels, image_size, width)
 
 
@@ -336,7 +336,7 @@ def spiking_resnet18(
 def spiking_wrn16_4(
     num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> SpikingWRN16:
-    """Spiking WRN16-4. For the arguments see :class:`SpikingWRN16`."""
+    """Build a spiking WRN16-4. For the arguments see :class:`SpikingWRN16`."""
     return SpikingWRN16(4, num_classes, in_channels, image_size, width)
 
 
@@ -344,7 +344,7 @@ def spiking_wrn16_4(
 def spiking_vgg16(
     num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> SpikingVGG16:
-    """Spiking VGG16 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG`.
+    """Build a spiking VGG16 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG`.
 
     Not LaSNN's :func:`vgg16` (no batch norm, LIF neurons) and not the ANN :func:`teacher_vgg16`.
     """
@@ -355,7 +355,7 @@ def spiking_vgg16(
 def spiking_vgg9(
     num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> SpikingVGG9:
-    """Spiking VGG-9 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG`.
+    """Build a spiking VGG-9 with batch norm and IF neurons. For the arguments see :class:`SpikingVGG`.
 
     Not LaSNN's :func:`vgg9` (no batch norm, LIF neurons).
     """
@@ -366,5 +366,5 @@ def spiking_vgg9(
 def spiking_resnet19(
     num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> SpikingResNet19:
-    """Spiking ResNet-19 with tdBN. For the arguments see :class:`SpikingResNet19`."""
+    """Build a spiking ResNet-19 with tdBN. For the arguments see :class:`SpikingResNet19`."""
     return SpikingResNet19(num_classes, in_channels, image_size, width)

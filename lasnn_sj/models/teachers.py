@@ -105,7 +105,7 @@ class TeacherResNet20(nn.Module):
 
 @builder
 def teacher_resnet20(num_classes: int, in_channels: int = 3, width: float = 1.0) -> TeacherResNet20:
-    """ResNet-20 of He et al. For the arguments see :class:`TeacherResNet20`."""
+    """Build the ResNet-20 of He et al. For the arguments see :class:`TeacherResNet20`."""
     return TeacherResNet20(num_classes, in_channels, width)
 
 
@@ -140,7 +140,7 @@ def published_resnet20(path: str | Path) -> nn.Module:
 
 @builder
 def teacher_vgg16(num_classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
-    """VGG16 with batch norm: 13 convolutions, global average pooling, one linear layer.
+    """Build a VGG16 with batch norm: 13 convolutions, global average pooling, one linear layer.
 
     Args:
         num_classes: number of classes ``K``.
@@ -170,7 +170,7 @@ def teacher_vgg16(num_classes: int, in_channels: int = 3, width: float = 1.0) ->
 
 @builder
 def teacher_densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """torchvision's DenseNet121 with a 3x3 stem at stride 1 and no pooling before the first block.
+    """Build torchvision's DenseNet121 with a 3x3 stem at stride 1 and no pooling before the first block.
 
     Args:
         num_classes: number of classes ``K``.

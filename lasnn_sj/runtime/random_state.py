@@ -157,7 +157,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _plain(state: object) -> object:
-    """A NumPy state with its arrays as tensors of bytes."""
+    """Convert a NumPy state with its arrays to tensors of bytes."""
     if isinstance(state, dict):
         return {name: _plain(value) for name, value in state.items()}
     if isinstance(state, np.ndarray):

@@ -37,7 +37,7 @@ class MixedPrecision:
         self.scaler.scale(loss).backward()
 
     def update(self, optimizer: Optimizer, student: nn.Module) -> None:
-        """Clip and step.
+        """Clip the gradients and run the optimizer step.
 
         float16's scale is found by trying: a gradient beyond its range halves the scale and leaves the
         weights alone.
@@ -69,7 +69,7 @@ class MixedPrecision:
     def update_unless(
         self, skip: Tensor, optimizer: Optimizer, parameters: list[nn.Parameter], norms: Tensor
     ) -> None:
-        """Clip and step on the device, or leave weights and state as they are where ``skip`` is true.
+        """Clip and step on the device; weights and state are unchanged if ``skip`` is true.
 
         Args:
             skip: bool scalar on the device, which is not read.

@@ -92,7 +92,7 @@ def report(run_dirs: str | Path | Iterable[str | Path], out: str | Path | None =
 
 
 def _together(runs: list[reading.Run]) -> list[tuple[str, list[str]]]:
-    """Notes, with the names of the runs that share them."""
+    """Merge the notes of runs, with the names of the runs that share them."""
     of: dict[str, list[str]] = {}
     for run in runs:
         for note in dict.fromkeys(run.notes):

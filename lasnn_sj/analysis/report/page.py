@@ -43,7 +43,7 @@ Column = tuple[str, Callable[[Series], str]]
 
 
 def results(series: Sequence[Series]) -> tuple[list[Table], list[Picture]]:
-    """Tables of accuracy, gains and cost, the main one first; bars of accuracy and gains."""
+    """Make the tables of accuracy, gains and cost, the main one first, and bars of accuracy and gains."""
     seeds = max((len(line.parts) for line in series), default=0)
     mean = "" if seeds < 2 else f", mean ± deviation of {seeds} seeds"
     kinds = {line.kind for line in series}
@@ -122,7 +122,7 @@ def _table(caption: str, series: Sequence[Series], columns: Sequence[Column]) ->
 
 
 def curves(series: Sequence[Series]) -> list[tuple[str, list[Picture]]]:
-    """Curves of the metrics, the students' apart from the ANNs'; over the steps where one epoch is done."""
+    """Plot the metrics of students and of ANNs; over the steps if there is only one epoch."""
     found = []
     for title, name, student in (("Students", "student", True), ("Teacher and ANN", "ann", False)):
         # the others keep their colours
@@ -172,7 +172,7 @@ def _curves(series: Mapping[str, Series | None], by: str, group: str) -> Iterato
 
 
 def over_steps(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
-    """Accuracy after each time step, and against the energy spent by then."""
+    """Plot the accuracy after each time step, and against the energy spent by then."""
     anns = [line.values(top1) for line in series if line.kind == "ann" and line.values(top1)]
     ann = statistics.mean(anns[0]) if len(anns) == 1 else None  # of several networks none is the one
     # Ten times the steps would press all others into a corner. Colours stay those of the other pictures.
@@ -217,7 +217,7 @@ def over_steps(series: Sequence[Series]) -> tuple[list[Picture], Table | None]:
 
 
 def _early_exit(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> list[Picture]:
-    """Accuracy against mean steps used, of samples that stop once they are sure."""
+    """Plot the accuracy against the mean steps used by samples that stop once confident."""
     if not any(len(points) > 1 for seeds in curves.values() for points in seeds):
         return []
     said = []
@@ -237,13 +237,13 @@ def _ends(seeds: Sequence[Sequence[float]]) -> str:
 
 
 def _shown(series: Sequence[Series]) -> list[Series]:
-    """Series in pictures of spikes and time steps; the trained ones alone where the colours end."""
+    """Select the series of pictures of spikes and time steps; only trained ones if colours run out."""
     shown = [line for line in series if line.is_student and line.kind != "converted_10T"]
     return shown if len(shown) <= len(SERIES) else [s for s in shown if s.kind not in NOT_TRAINED]
 
 
 def operations(series: Sequence[Series]) -> Table | None:
-    """Operations and energy of a sample beside those of the same network as ANN."""
+    """Tabulate operations and energy of a sample beside those of the same network as ANN."""
 
     def count(name: str) -> Callable[[Series], str]:
         return lambda line: spread(line.values(lambda p: total(p, name)), ",.0f")
@@ -263,7 +263,7 @@ def operations(series: Sequence[Series]) -> Table | None:
 
 
 def layers(series: Sequence[Series]) -> tuple[dict[bool, list[str]], list[Picture], list[Table]]:
-    """Layers that never fire, of trained students and of others; spikes of each layer, and thresholds."""
+    """List layers that never fire; plot the spikes of each layer, and thresholds."""
     # ten times the steps are ten times the spikes
     shown = [line.label for line in _shown(series)]
     found = {s.label: s.curves(spikes) if s.label in shown else [] for s in reversed(series)}
@@ -300,7 +300,7 @@ def layers(series: Sequence[Series]) -> tuple[dict[bool, list[str]], list[Pictur
 
 
 def configuration(runs: Sequence[Run], series: Sequence[Series]) -> list[Table]:
-    """Folders, recipes, then the settings of every part, then where and how they were run."""
+    """Tabulate folders, recipes, the settings of every part, and the environment."""
     tables = [
         Table("Folders", ["", "folder"], [[run.name, str(run.path)] for run in runs]),
         _compared("Recipe", {run.name: flat(run.recipe) for run in runs if run.recipe}),
@@ -321,7 +321,7 @@ def _environment(part: Part) -> dict:
 
 
 def _by_label(series: Sequence[Series], get: Callable[[Part], dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Columns of a table of settings; where seeds differ, all their values."""
+    """Return the columns of a table of settings; all values where seeds differ."""
     found: dict[str, dict[str, str]] = {}
     for line in series:
         of_seeds = [settings for _, part in line.parts if (settings := get(part))]

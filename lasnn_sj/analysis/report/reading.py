@@ -54,12 +54,12 @@ class Part:
         return self.row or title(self.kind)
 
     def number(self, name: str) -> float | None:
-        """A number of the result, or else of the inspection."""
+        """Return a number of the result, or else of the inspection."""
         value = number(self.result.get(name))
         return number(self.inspection.get(name)) if value is None else value
 
     def column(self, name: str, by: str = "epoch") -> tuple[list[float], list[float]]:
-        """Epochs (or steps) and values of a column of the metrics, where both are there."""
+        """Return epochs (or steps) and values of a column of the metrics, if both exist."""
         points = [(row.get(by), row.get(name)) for row in (self.metrics if by == "epoch" else self.steps)]
         points = [(x, y) for x, y in points if x is not None and y is not None]
         return [x for x, _ in points], [y for _, y in points]

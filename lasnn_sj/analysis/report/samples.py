@@ -53,7 +53,7 @@ class Samples:
 
 
 def samples(series: Sequence[Series]) -> Iterator[Samples]:
-    """Every inspected student; of several seeds the first."""
+    """Yield every inspected student, the first of several seeds."""
     for place, line in enumerate(series):
         for run, part in line.parts:
             title = line.label if len(line.parts) == 1 else f"{part.title}, {run.name}"
@@ -68,7 +68,7 @@ def samples(series: Sequence[Series]) -> Iterator[Samples]:
 
 
 def class_names(part: Part) -> list[str] | None:
-    """Names of the classes, where the inspection holds them."""
+    """Return the names of the classes, if the inspection holds them."""
     found = part.inspection.get("classes")
     if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
         return found
@@ -130,7 +130,7 @@ def _raster_picture(part: Part, title: str, name: str) -> Picture | None:
 
 
 def _traces(part: Part) -> Traces | None:
-    """The recorded neurons, where their arrays fit what the inspection says of them."""
+    """Return the recorded neurons, if their arrays match the inspection."""
     spikes, potentials = part.arrays.get("trace_spikes"), part.arrays.get("trace_potentials")
     if spikes is None or potentials is None or spikes.ndim != 2 or spikes.shape != potentials.shape:
         return None
@@ -183,7 +183,7 @@ def _maps(part: Part, title: str, name: str) -> Maps | None:
 
 
 def _said(part: Part, about: dict) -> str:
-    """A sample's class, and what student and teacher take it for where they are wrong."""
+    """Describe a sample: its class, and wrong predictions of student and teacher."""
     label, guess, teacher = about.get("label"), about.get("prediction"), about.get("teacher")
     said = _class(part, label)
     if guess != label:
@@ -192,7 +192,7 @@ def _said(part: Part, about: dict) -> str:
 
 
 def _array(part: Part, name: str, count: int) -> np.ndarray | None:
-    """Maps ``[N, H, W]``, if they are usable."""
+    """Return maps ``[N, H, W]``, if they are usable."""
     values = part.arrays.get(name)
     if values is None or values.ndim != 3 or len(values) < count or not values.size:
         return None

@@ -34,12 +34,12 @@ class Series:
     parts: list[tuple[Run, Part]]
 
     def values(self, get: Callable[[Part], float | None]) -> list[float]:
-        """Values by seed, where there are any."""
+        """Return the values by seed that exist."""
         found = [get(part) for _, part in self.parts]
         return [value for value in found if value is not None]
 
     def curves(self, get: Callable[[Part], Sequence[float]]) -> list[Sequence[float]]:
-        """Sequences by seed, those that are not empty."""
+        """Return the sequences by seed that are not empty."""
         return [found for _, part in self.parts if (found := get(part))]
 
     @property
@@ -78,7 +78,7 @@ def series_of(runs: Sequence[Run]) -> list[Series]:
 
 
 def group_names(recipes: Sequence[Sequence[Run]]) -> list[str]:
-    """Names of groups of runs: of the folder above where a group is all seeds in it, else the runs'."""
+    """Name groups of runs: by the parent folder if a group is all seeds in it, else by the runs."""
     above = [{run.path.resolve().parent for run in members} for members in recipes]
     found = []
     for members, parents in zip(recipes, above):
@@ -107,18 +107,18 @@ def _alike(run: Run, other: Run) -> bool:
 
 
 def top1(part: Part) -> float | None:
-    """Accuracy on test data at the end."""
+    """Return the final accuracy on test data."""
     return part.number("top1")
 
 
 def last_validation(part: Part) -> float | None:
-    """Last accuracy on validation data of a training without a result."""
+    """Return the last validation accuracy of a training without a result."""
     values = part.column("val_top1")[1]
     return values[-1] if top1(part) is None and values else None
 
 
 def gains(series: Series, against: str) -> list[float]:
-    """Accuracy over another part of the same run, seed by seed."""
+    """Return the accuracy minus that of another part of the same run, seed by seed."""
     if series.kind in (against, "teacher"):
         return []
     found = []
@@ -131,24 +131,24 @@ def gains(series: Series, against: str) -> list[float]:
 
 
 def over_time(part: Part) -> list[float]:
-    """Accuracy after each time step."""
+    """Return the accuracy after each time step."""
     return numbers(part.inspection.get("top1_over_time")) or numbers(part.result.get("top1_over_time"))
 
 
 def exits(part: Part) -> list[tuple[float, float]]:
-    """Mean number of steps used and accuracy, of samples that stop once they are sure; more steps last."""
+    """Return mean steps used and accuracy of samples that stop once confident, in order of steps."""
     found = record(part.inspection.get("early_exit"))
     steps, accuracy = numbers(found.get("steps")), numbers(found.get("top1"))
     return sorted(zip(steps, accuracy)) if len(steps) == len(accuracy) else []
 
 
 def operation(part: Part, name: str) -> float | None:
-    """A number of the operations."""
+    """Return a number of the operations."""
     return number(record(part.inspection.get("operations")).get(name))
 
 
 def total(part: Part, name: str) -> float | None:
-    """Operations of all time steps."""
+    """Return the operations of all time steps."""
     values = numbers(record(part.inspection.get("operations")).get(name))
     return sum(values) if values else None
 
@@ -167,18 +167,18 @@ def judged_on(runs: Iterable[Run]) -> str:
 
 
 def energies(part: Part) -> list[float]:
-    """Energy spent by the end of each time step, in picojoules."""
+    """Return the energy spent by the end of each time step, in picojoules."""
     return numbers(record(part.inspection.get("operations")).get("energy_pj"))
 
 
 def energy_share(part: Part) -> float | None:
-    """Energy in percent of that of the same network as ANN."""
+    """Return the energy in percent of that of the same network as ANN."""
     spent, ann = energies(part), operation(part, "ann_energy_pj")
     return 100 * spent[-1] / ann if spent and ann else None
 
 
 def by_layer(part: Part, name: str) -> dict[str, float]:
-    """Numbers of each layer, such as ``"firing_rate"``, from the inspection."""
+    """Return numbers of each layer, such as ``"firing_rate"``, from the inspection."""
     pairs = [
         (str(layer.get("name")), number(layer.get(name))) for layer in records(part.inspection.get("layers"))
     ]
@@ -186,12 +186,12 @@ def by_layer(part: Part, name: str) -> dict[str, float]:
 
 
 def spikes(part: Part) -> dict[str, float]:
-    """Mean spikes per neuron of each layer."""
+    """Return the mean spikes per neuron of each layer."""
     return by_layer(part, "spikes_per_neuron") or _of(record(part.result.get("spikes")))
 
 
 def thresholds(part: Part) -> dict[str, float]:
-    """Threshold of each layer."""
+    """Return the threshold of each layer."""
     return by_layer(part, "v_threshold") or _of(part.thresholds)
 
 
@@ -200,12 +200,12 @@ def _of(found: Mapping[str, object]) -> dict[str, float]:
 
 
 def text(value: float | None, shape: str) -> str:
-    """A number, or nothing."""
+    """Format a number; an empty text without one."""
     return "" if value is None else f"{value:{shape}}"
 
 
 def spread(values: Sequence[float], shape: str) -> str:
-    """A value, or mean and sample deviation of several that are not all the same."""
+    """Format a value, or mean and sample deviation of several different values."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):{shape}}"
@@ -221,7 +221,7 @@ def gain_text(values: Sequence[float]) -> str:
 
 
 def energy_text(picojoules: Sequence[float]) -> str:
-    """Energies with their unit."""
+    """Format energies with their unit."""
     if not picojoules:
         return ""
     scale, unit = energy_unit(statistics.mean(picojoules))
@@ -231,5 +231,5 @@ def energy_text(picojoules: Sequence[float]) -> str:
 
 
 def file_name(text: str) -> str:
-    """A text as part of a file name."""
+    """Convert a text to a part of a file name."""
     return "".join(letter if letter.isalnum() else "_" for letter in text)[:60]

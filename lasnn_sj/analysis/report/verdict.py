@@ -49,7 +49,7 @@ class Verdict:
 
 
 def title_of(folders: Sequence[Path], runs: Sequence[Run]) -> str:
-    """Heading of the page: the folder's name, or those of what is compared."""
+    """Return the heading of the page: the name of the folder, or of the compared runs."""
     if len(folders) == 1:
         path = folders[0].resolve()
         seed = re.fullmatch(r"seed_?(\d+)", path.name)
@@ -61,7 +61,7 @@ def title_of(folders: Sequence[Path], runs: Sequence[Run]) -> str:
 
 
 def subtitle_of(runs: Sequence[Run], series: Sequence[Series]) -> str:
-    """Network, data set, time steps and encoding, as far as all runs share them."""
+    """Return network, data set, time steps and encoding, as far as all runs share them."""
 
     def shared(name: str) -> object:
         values = {str(run.recipe.get(name)): run.recipe.get(name) for run in runs}
