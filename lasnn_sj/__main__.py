@@ -1,4 +1,4 @@
-"""The command line, ``python -m lasnn_sj`` or ``lasnn-sj``: each command imports what it needs itself."""
+"""Command line, ``python -m lasnn_sj`` or ``lasnn-sj``; each command imports its own dependencies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def train(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> None:
-    """Train what a YAML file describes, print and write its table; a run that was cut off goes on.
+    """Train the run that a YAML file describes, print and write its table; an interrupted run resumes.
 
     "lasnn-sj train CONFIG --help" lists a configuration's options with units and values. The package brings
     a configuration for every network and method, such as smoke_digits or
@@ -45,7 +45,7 @@ def train(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ())
 
 
 def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> None:
-    """Compare methods of training on one student, seed by seed; a comparison that was cut off goes on.
+    """Compare training methods on one student, seed by seed; an interrupted comparison resumes.
 
     "lasnn-sj compare CONFIG --help" lists its options. The package brings compare_digits and
     compare_cifar10_conv3_linear2.
@@ -72,8 +72,8 @@ def evaluate(
             save_pretrained.
         rows: which of its students, such as lasnn, hybrid, alone, "sparse 0.3", or best and last of a
             trainer's; the run's own if not given.
-        source: data set or .npz file, where the folder does not say.
-        root: folder of the data sets, where the folder does not say.
+        source: data set or .npz file, if the folder does not name it.
+        root: folder of the data sets, if the folder does not name it.
         device: "cpu", "cuda", ...; the run's if not given.
     """
     from .experiments.folders import students
@@ -179,7 +179,7 @@ def export(
 
 
 def info() -> None:
-    """Versions, devices, what runs the neurons' time loop and why not something faster, places of caches."""
+    """Print versions, devices, the backend of the neurons with its reason, and the cache folders."""
     from . import __version__
 
     def installed(package: str) -> str:
@@ -237,7 +237,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; what our own checks refuse is printed without a traceback, and the exit status is 1."""
+    """Run a command; errors of this package's checks are printed without a traceback, with exit status 1."""
     args = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -250,7 +250,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"{PROG}: {error}")
     except KeyboardInterrupt:
-        print(f"{PROG}: stopped; a training goes on when the same command is given again", file=sys.stderr)
+        print(f"{PROG}: stopped; run the same command again to resume", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

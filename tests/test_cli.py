@@ -443,7 +443,7 @@ def test_a_trainer_s_folder_can_be_evaluated_and_exported(kind, tmp_path, capsys
         assert printed[1][2] == f"{trainer.evaluate(digits.test_loader(100))['top1']:.2f}"
         cli.main(["export", str(tmp_path), str(tmp_path / "s.nir"), "--row", "last"])
         assert "last of seed 3, input [1, 8, 8]" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="does not say which data it was trained on; give --source"):
+    with pytest.raises(SystemExit, match="does not name its training data; give --source"):
         cli.main(["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match="has no first; it has last"):
         cli.main(["evaluate", str(tmp_path), "first"])

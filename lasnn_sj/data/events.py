@@ -10,10 +10,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,142 +21,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .archives import read_npz
+from .frames import Augment, Framing, to_frames
 from .images import Loaders
 
 log = logging.getLogger(__name__)
 
 # Tonic's class by name, and the labels that a mirror image changes: the other hand, the other sense of
-# rotation. Mirror images of digits (None) are no digits.
+# rotation. Digits are not mirrored (None).
 SETS: dict[str, tuple[str, dict[int, int] | None]] = {
     "dvs-gesture": ("DVSGesture", {1: 2, 2: 1, 3: 6, 6: 3, 4: 5, 5: 4}),
     "n-mnist": ("NMNIST", None),
     "cifar10-dvs": ("CIFAR10DVS", {}),
 }
 LATEST = 2**53  # microseconds; 285 years
-_FORMAT = 1  # of cached files; to be raised when the same settings give other frames
+_FORMAT = 1  # of cached files; raise it when the same settings give other frames
 
 
 class RecordingError(ValueError):
-    """An event recording that cannot be used; the message names its file and what is wrong."""
-
-
-@dataclass(frozen=True)
-class Framing:
-    """Settings that turn a recording into frames.
-
-    Attributes:
-        T: frames, the network's time steps.
-        by: ``"count"`` for frames with equally many events (to one), ``"time"`` for equally long ones.
-        denoise_us: drop an event without another one at a neighbouring pixel in the microseconds before it
-            (Tonic's ``Denoise``); ``None`` keeps all.
-        shrink: sum squares of so many pixels into one.
-        remainder: events (or microseconds) left over by the division into ``T``: ``"spread"`` over the
-            frames, or all in the ``"last"`` one, as in
-            SpikingJelly's ``integrate_events_by_fixed_frames_number``.
-    """
-
-    T: int = 16
-    by: Literal["count", "time"] = "count"
-    denoise_us: float | None = None
-    shrink: int = 1
-    remainder: Literal["spread", "last"] = "spread"
-
-    def __post_init__(self) -> None:
-        for name in ("T", "shrink"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
-        if self.by not in ("count", "time"):
-            raise ValueError(f'by must be "count" or "time", got {self.by!r}')
-        if self.remainder not in ("spread", "last"):
-            raise ValueError(f'remainder must be "spread" or "last", got {self.remainder!r}')
-        if self.denoise_us is not None and not self.denoise_us > 0:
-            raise ValueError(f"denoise_us must be above 0 microseconds, or None, got {self.denoise_us!r}")
-
-
-def to_frames(events: np.ndarray, sensor_size: tuple[int, int], framing: Framing) -> np.ndarray:
-    """Count a recording's events in frames; every event is in one frame.
-
-    Tonic's ``ToFrame`` gives the same where the number of events is a multiple of ``T``, and else drops
-    the rest.
-
-    Args:
-        events: structured array with the fields ``t`` (microseconds, in order), ``x``, ``y`` and ``p``.
-        sensor_size: width and height in pixels.
-        framing: its ``denoise_us`` is not used here.
-
-    Returns:
-        Counts ``[T, 2, H, W]``, int64; the second axis is the polarity.
-
-    Raises:
-        ValueError: times too far apart to be divided into ``T`` in 64 bits.
-    """
-    T, n = framing.T, len(events)
-    width, height = (-(-side // framing.shrink) for side in sensor_size)
-    last = framing.remainder == "last"
-    if framing.by == "count":
-        step = _in_last(np.arange(n), n, T) if last else np.arange(n) * T // max(n, 1)
-    else:
-        t = events["t"].astype(np.int64)
-        span = int(t.max()) - int(t[0]) + 1 if n else 1
-        if span * T >= 2**63:
-            raise ValueError(f"times from {t[0]} to {t.max()} microseconds are too far apart for {T} frames")
-        step = _in_last(t - t[:1], span - 1, T) if last else (t - t[:1]) * T // span
-    x, y, p = (events[name].astype(np.int64) for name in ("x", "y", "p"))
-    pixel = ((step * 2 + p) * height + y // framing.shrink) * width + x // framing.shrink
-    return np.bincount(pixel, minlength=T * 2 * height * width).reshape(T, 2, height, width)
-
-
-def _in_last(place: np.ndarray, length: int, T: int) -> np.ndarray:
-    """Frame of each place when ``T`` frames have ``length // T`` places, and the last one the rest too."""
-    each = length // T
-    return np.minimum(place // each, T - 1) if each else np.full_like(place, T - 1)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random flip, shift and cutout, the same for all frames of a recording.
-
-    Args:
-        flip: labels that a mirror image changes, others keep theirs; ``None`` never flips.
-        shift: greatest shift in pixels, either way in both directions; what comes in is empty.
-        cutout: side of an empty square somewhere; 0 for none.
-    """
-
-    flip: Mapping[int, int] | None = None
-    shift: int = 0
-    cutout: int = 0
-
-    def __call__(self, frames: Tensor, label: int) -> tuple[Tensor, int]:
-        """Frames ``[T, 2, H, W]`` and label, both changed together."""
-        # torch's generator throughout: loader workers are given different seeds of it
-        if self.flip is not None and bool(torch.rand(()) < 0.5):
-            frames, label = frames.flip(-1), self.flip.get(label, label)
-        if self.shift:
-            for dim in (-2, -1):
-                frames = _shift(frames, int(torch.randint(-self.shift, self.shift + 1, ())), dim)
-        if self.cutout:
-            rows, columns = (_window(side, self.cutout) for side in frames.shape[-2:])
-            frames = frames.clone()
-            frames[..., rows, columns] = 0
-        return frames, label
-
-
-def _shift(frames: Tensor, by: int, dim: int) -> Tensor:
-    if by == 0:
-        return frames
-    moved, size = torch.zeros_like(frames), frames.shape[dim]
-    moved.narrow(dim, max(by, 0), size - abs(by)).copy_(frames.narrow(dim, max(-by, 0), size - abs(by)))
-    return moved
-
-
-def _window(side: int, length: int) -> slice:
-    start = int(torch.randint(0, max(side - length, 0) + 1, ()))
-    return slice(start, start + length)
+    """An event recording cannot be used; the message names the file and the cause."""
 
 
 class EventFrames(Dataset):
-    """Frames of a Tonic data set's recordings, made once and then read from disk.
+    """Frames of the recordings of a Tonic data set, computed once and then read from disk.
 
     A cached file is named after everything that made it: data set, Tonic's version, the framing, and the
     recording's path, size and time of change. (Tonic's ``DiskCachedDataset`` knows a recording by its number
@@ -192,7 +78,7 @@ class EventFrames(Dataset):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names by label, where Tonic has them."""
+        """Names of the classes by label, if Tonic has them."""
         found = getattr(self.recordings, "classes", None)
         return tuple(found) if found else None
 
@@ -202,7 +88,7 @@ class EventFrames(Dataset):
         return torch.tensor([int(self.recordings.targets[index]) for index in self.indices])
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        """One recording's frames and label.
+        """Return the frames and label of one recording.
 
         Raises:
             RecordingError: the recording cannot be read, is empty, or has events off the sensor.
@@ -213,7 +99,7 @@ class EventFrames(Dataset):
         return (frames, label) if self.augment is None else self.augment(frames, label)
 
     def counts(self, item: int) -> np.ndarray:
-        """One recording's frames without augmentation, ``[T, 2, H, W]`` whole numbers."""
+        """Return the frames of one recording without augmentation, ``[T, 2, H, W]`` integers."""
         index = self.indices[item]
         if self.cache is None:
             return self._make(index)
@@ -259,7 +145,7 @@ class EventFrames(Dataset):
 
     def _write_cached(self, path: Path, frames: np.ndarray, made_from: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # under a name of its own first: another process may be at the same recording
+        # under a temporary name first: another process may write the same recording
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as part:
             try:
                 np.savez_compressed(part, frames=frames, made_from=np.array(made_from))
@@ -278,9 +164,9 @@ class EventFrames(Dataset):
         path = self.recordings.data[index]
         try:
             events, _ = self.recordings[index]
-        except ImportError:  # of a format's reader; not the recording's fault
+        except ImportError:  # the reader of the format is not installed
             raise
-        except Exception as error:  # each format's reader raises its own kinds
+        except Exception as error:  # each reader raises exceptions of its own types
             raise RecordingError(
                 f"recording {path} cannot be read ({type(error).__name__}: {error}); unpack it again from "
                 f"the data set's archive"
@@ -319,7 +205,7 @@ class EventFrames(Dataset):
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """A batch ``(frames [T, N, 2, H, W], labels [N])`` of samples ``([T, 2, H, W], label)``."""
+    """Stack samples ``([T, 2, H, W], label)`` to a batch ``(frames [T, N, 2, H, W], labels [N])``."""
     frames, labels = zip(*samples)
     return torch.stack(frames, dim=1), torch.tensor(labels)
 
@@ -368,7 +254,7 @@ def load(
     augment: bool = True,
     cache: str | Path | None = None,
 ) -> EventData:
-    """Load a data set of event recordings through Tonic, which downloads it where it is not under ``root``.
+    """Load a data set of event recordings through Tonic, which downloads it if it is not under ``root``.
 
     DVS-Gesture and N-MNIST come with a test set; of CIFAR10-DVS each class' last tenth is the test set.
 
@@ -383,7 +269,7 @@ def load(
     Raises:
         ImportError: Tonic is not installed.
         ValueError: an unknown name.
-        FileNotFoundError: the data set is not there and cannot be downloaded.
+        FileNotFoundError: the data set does not exist and cannot be downloaded.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}, got {name!r}")
@@ -408,7 +294,7 @@ def _remove_old_parts(folder: Path) -> None:
 
 
 def _tonic_sets(name: str, root: Path) -> tuple[list[tuple[Dataset, list[int]]], type]:
-    """Training and test recordings with the order of their indices, and Tonic's class."""
+    """Return training and test recordings with the order of their indices, and Tonic's class."""
     try:
         import tonic
     except ImportError as error:
@@ -428,7 +314,7 @@ def _tonic_sets(name: str, root: Path) -> tuple[list[tuple[Dataset, list[int]]],
 
 
 def _in_order(recordings: Dataset) -> list[int]:
-    """Indices by path, numbers by value: Tonic's own order is the file system's."""
+    """Sort indices by path, numbers by value; Tonic's own order depends on the file system."""
 
     def key(index: int) -> list[str | int]:
         path = Path(recordings.data[index]).as_posix()
@@ -450,7 +336,7 @@ def _tenths(recordings: Dataset) -> list[tuple[Dataset, list[int]]]:
 
 
 def picture(counts: np.ndarray) -> np.ndarray:
-    """Event counts ``[n, 2, H, W]`` as colours ``[n, H, W, 3]``, uint8: brighter red, darker blue."""
+    """Convert event counts ``[n, 2, H, W]`` to colours ``[n, H, W, 3]``, uint8: brighter red, darker blue."""
     # the few busiest pixels would leave all others white
     bright = max(float(np.quantile(counts[counts > 0], 0.95)) if counts.any() else 1.0, 1.0)
     off, on = np.clip(counts / bright, 0, 1).swapaxes(0, 1)
@@ -461,11 +347,11 @@ def picture(counts: np.ndarray) -> np.ndarray:
 def draw(
     frames: Tensor | np.ndarray, folder: str | Path, name: str = "events", frame_ms: int = 100
 ) -> tuple[Path, Path]:
-    """Picture of a recording: brighter pixels red, darker ones blue, on white.
+    """Draw a recording: brighter pixels red, darker ones blue, on white.
 
     Args:
         frames: event counts ``[T, 2, H, W]``.
-        folder: made if it is not there.
+        folder: folder of the file, created if missing.
         name: of the files, without ending.
         frame_ms: time of each frame of the animation, in milliseconds.
 

@@ -1,4 +1,4 @@
-"""Files of a run folder: written whole or not at all, never through links; and its settings."""
+"""Files of a run folder: atomic writes that never follow links, and settings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-PART = ".part"  # ends the names of files that are not whole yet
+PART = ".part"  # suffix of incomplete files
 ABANDONED = 60.0  # seconds after which a file that is not whole has no writer any more
 LISTED = 8  # differences of settings in a message
 
 
 def write(path: Path, data: str | bytes) -> None:
-    """Write a file as a whole or not at all, flushed to the disk.
+    """Write a file atomically and flush it to disk.
 
     A link, pipe or device in its place is replaced, not followed; see :func:`inside` for links above it.
 
     Args:
-        path: in an existing folder.
-        data: bytes, or text that is written as UTF-8 with its line ends as they are.
+        path: path in an existing folder.
+        data: bytes, or text, written as UTF-8 with unchanged line ends.
 
     Raises:
         OSError: it could not be written, names the path; the file that was there is intact.
@@ -74,7 +74,7 @@ def make_folder(path: Path) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file, flushed to the disk; made if it is not there, never through a link."""
+    """Append text to a file, created if missing, and flush it to disk; never through a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with named(path), open(os.open(path, flags, 0o644), "w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -93,7 +93,7 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
 
 
 def as_csv(rows: Iterable[Iterable[object]]) -> str:
-    """Rows as the text of a CSV file."""
+    """Format rows as CSV."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerows(rows)
     return buffer.getvalue()
@@ -114,10 +114,10 @@ def remove_parts(folder: Path, age: float = 0.0) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, refused where links lead out of the folder.
+    """Return ``folder / name``; refuse links that lead out of the folder.
 
     Raises:
-        ValueError: it is elsewhere.
+        ValueError: the path lies outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -129,10 +129,10 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_settings(path: Path, settings: Mapping[str, object]) -> None:
-    """Write the settings of a new run folder, or hold them against those it was made with.
+    """Write the settings of a new run folder, or compare them with those it was created with.
 
     Raises:
-        ValueError: they differ, the message lists how; or the file is damaged.
+        ValueError: the settings differ (the message lists the differences), or the file is damaged.
     """
     there = read_settings(path)
     if there is None:
@@ -142,7 +142,7 @@ def check_settings(path: Path, settings: Mapping[str, object]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, object] | None:
-    """Settings of a run folder, ``None`` in a new one.
+    """Read the settings of a run folder; ``None`` for a new one.
 
     Raises:
         ValueError: the file is damaged, or a link that leads out of the folder.
@@ -162,7 +162,7 @@ def read_settings(path: Path) -> dict[str, object] | None:
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    """List the differences of two nested mappings by dotted key; ``None`` where one has nothing."""
+    """List the differences of two nested mappings by dotted key; ``None`` for a missing value."""
     found: dict[str, tuple[object, object]] = {}
     here = json.loads(json.dumps(here))
     for key in dict.fromkeys((*there, *here)):
@@ -195,7 +195,7 @@ def _short(value: object) -> str:
 
 
 def read_json(path: Path, at_most: int = 1 << 26) -> dict[str, object] | None:
-    """The object in a JSON file; ``None`` where there is none, or, with a warning, none that is whole."""
+    """Read the object in a JSON file; ``None`` if it is missing or, with a warning, damaged."""
     if not os.path.lexists(path):
         return None
     try:
@@ -209,9 +209,9 @@ def read_json(path: Path, at_most: int = 1 << 26) -> dict[str, object] | None:
 
 
 def read_regular(path: Path, at_most: int) -> bytes:
-    """Content of a file that is no link, device or pipe, and not larger than it may be."""
+    """Read a regular file (not a link, device or pipe) of limited size."""
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.name} is not there as a file of its own")
+        raise ValueError(f"{path.name} is missing or not a regular file")
     size = path.stat().st_size
     if not isinstance(at_most, int) or size > at_most:
         raise ValueError(f"{path.name} has {size} bytes, more than the {at_most!r} it may have")
@@ -219,7 +219,7 @@ def read_regular(path: Path, at_most: int) -> bytes:
 
 
 def flush(path: Path) -> None:
-    """Flush a folder's entries to the disk."""
+    """Flush the entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

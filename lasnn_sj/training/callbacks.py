@@ -101,7 +101,7 @@ class TensorBoard(Callback):
 
 @contextmanager
 def going_on(folder: Path) -> Iterator[None]:
-    """Go on with a warning where TensorBoard's file in a folder cannot be written."""
+    """Context in which a failure to write TensorBoard's file gives a warning instead of an error."""
     try:
         yield
     except (OSError, UnicodeError) as error:  # it wants names in UTF-8

@@ -21,37 +21,38 @@ from ..runtime.files import flush, read_regular, write
 log = logging.getLogger(__name__)
 
 KEPT = 2
-FORMAT = 2  # of checkpoints; to be raised when earlier ones cannot be gone on from
+FORMAT = 2  # of checkpoints; raise it when runs can no longer resume from earlier ones
 _WEIGHTS, _STATE, _MANIFEST = "student.safetensors", "state.pt", "manifest.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; the message names it, why, and what would do."""
+    """A checkpoint cannot be read or written; the message names the file, the cause and a remedy."""
 
 
 def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mapping[str, object]) -> Path:
     """Write checkpoint ``number`` under ``folder`` and keep it and the one before.
 
-    The files are written beside it, flushed to the disk and then renamed, so that a run killed meanwhile
-    leaves the checkpoint before intact. A manifest holds every file's size and SHA-256. Checkpoints of
-    higher numbers, which a run leaves that went back to an earlier one, are removed.
+    The files are written to a temporary folder, flushed to disk and renamed, so that the previous checkpoint
+    stays intact if the process is killed meanwhile. A manifest holds the size and SHA-256 of every file.
+    Checkpoints with higher numbers, left by a run that resumed from an earlier one, are removed.
 
     Args:
-        folder: where checkpoints of this run live.
-        number: orders them, e.g. steps done.
+        folder: folder of the run's checkpoints.
+        number: order of the checkpoints, for example the number of steps.
         weights: tensors by name, as ``state_dict`` gives them.
-        state: whatever else ``torch.load(weights_only=True)`` can read: numbers, strings, tensors and
-            dicts, lists and tuples of them.
+        state: further values that ``torch.load(weights_only=True)`` can read: numbers, strings, tensors,
+            and dicts, lists and tuples of these.
 
     Raises:
-        CheckpointError: it could not be written (full disk, no right to write); what was there is intact.
+        CheckpointError: the checkpoint cannot be written (disk full, no write permission); earlier ones are
+            intact.
     """
     final, part, old = (
         folder / f"{dot}{number:08d}{end}" for dot, end in (("", ""), (".", ".part"), (".", ".old"))
     )
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    try:  # or it would be found out only when the run has been killed
+    try:  # a state that cannot be read would otherwise be noticed only when resuming
         torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
     except Exception as error:
         raise CheckpointError(
@@ -88,7 +89,7 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
         raise CheckpointError(
             f"checkpoint {final} could not be written ({error}); "
             + (f"the last one, {there[-1]}, is intact" if there else "there is none before it")
-            + ". Make room there, or give the right to write, and start the same run again to go on"
+            + ". Free some space or check write permission, then start the same run again to resume"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
     kept = [path for path in _complete(folder) if path.name <= final.name][-KEPT:]
@@ -101,12 +102,12 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
 def load_latest(
     folder: Path, device: torch.device | str = "cpu"
 ) -> tuple[Path, dict[str, Tensor], dict[str, object]] | None:
-    """Path, weights and state of the newest checkpoint that is whole; ``None`` where there is none at all.
+    """Load path, weights and state of the newest intact checkpoint; ``None`` if there are no checkpoints.
 
-    A damaged one is reported by a warning and the one before is taken.
+    A damaged checkpoint is skipped with a warning.
 
     Raises:
-        CheckpointError: there are checkpoints and all are damaged. Nothing is changed.
+        CheckpointError: there are checkpoints and all are damaged. No file is changed.
     """
     wrong = []
     for path in reversed(_complete(folder)):
@@ -116,21 +117,21 @@ def load_latest(
             wrong.append(str(error))
             continue
         for message in wrong:
-            log.warning("%s; going on from %s, the one before", message, path)
+            log.warning("%s; resuming from %s, the one before", message, path)
         return path, weights, state
     if wrong:
         raise CheckpointError(
-            f"no checkpoint of {folder} can be used: {'; '.join(wrong)}. Nothing was changed; put a backup "
-            f"there, or move the folder away to begin anew"
+            f"no checkpoint of {folder} can be used: {'; '.join(wrong)}. No file was changed; restore a "
+            f"backup there, or move the folder away to start again"
         )
     return None
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Weights and state of a checkpoint; no code in it is run.
+    """Load weights and state of a checkpoint without running code from it.
 
     Raises:
-        CheckpointError: a file is missing, is a link, or is not what the manifest says.
+        CheckpointError: a file is missing, is a link, or differs from the manifest.
     """
     try:
         manifest = json.loads(read_regular(path / _MANIFEST, at_most=1 << 20))
@@ -149,22 +150,22 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
         state = torch.load(io.BytesIO(files[_STATE]), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"{_STATE} holds a {type(state).__name__}, not a dict")
-    except Exception as error:  # what is damaged raises every kind
+    except Exception as error:  # damaged files raise exceptions of many types
         raise CheckpointError(f"checkpoint {path} is damaged ({_short(error)})") from error
     return {name: tensor.to(device) for name, tensor in weights.items()}, state
 
 
 def save_weights(path: Path, net: nn.Module) -> None:
-    """Write a network's weights as a safetensors file, whole or not at all.
+    """Write a network's weights as a safetensors file, atomically.
 
     Raises:
-        OSError: it could not be written; the file that was there is intact.
+        OSError: the file cannot be written; an existing file is intact.
     """
     write(path, safetensors.torch.save({n: unshared(tensor) for n, tensor in net.state_dict().items()}))
 
 
 def load_weights(path: str | Path, net: nn.Module) -> nn.Module:
-    """Give a network the weights of a run: ``weights.safetensors`` or ``best.safetensors`` of its folder.
+    """Load ``weights.safetensors`` or ``best.safetensors`` of a run folder into a network.
 
     Args:
         path: the file.
@@ -174,17 +175,17 @@ def load_weights(path: str | Path, net: nn.Module) -> nn.Module:
         The network.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or another network's.
+        CheckpointError: the file is missing, damaged, or of another network.
     """
     try:
         net.load_state_dict(safetensors.torch.load(read_regular(Path(path), at_most=1 << 40)))
-    except Exception as error:  # what is damaged raises every kind
+    except Exception as error:  # damaged files raise exceptions of many types
         raise CheckpointError(f"weights {path} cannot be used ({_short(error)})") from error
     return net
 
 
 def unshared(tensor: Tensor) -> Tensor:
-    """A copy as safetensors takes it: dense, on the CPU, of memory that no other tensor has."""
+    """Return a dense copy on the CPU that shares no memory with other tensors, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -199,5 +200,5 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _short(error: Exception) -> str:
-    """PyTorch's errors go on for lines with advice to be less careful."""
+    """Return the first line of an error; PyTorch's continue with advice to allow unsafe loading."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""Checks of a trainer's arguments; each error names the argument, what it was, and what would do."""
+"""Checks of a trainer's arguments; each error names the argument, its value and a remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BRIGHTEST = 32.0  # of images that an encoder takes; normalised ones end at abou
 
 
 def networks(student: object, teacher: object, encoder: object) -> None:
-    """Raise :class:`ValueError` for what is no network, or one without values."""
+    """Raise :class:`ValueError` for an object that is not a network, or a network without values."""
     for name, given in (("student", student), ("teacher", teacher)):
         if given is None and name == "teacher":
             continue
@@ -59,10 +59,10 @@ def networks(student: object, teacher: object, encoder: object) -> None:
 
 
 def device(given: torch.device | str) -> torch.device:
-    """A device that is there.
+    """Return the device, after checking that it exists.
 
     Raises:
-        ValueError: no name of a device, or CUDA where PyTorch sees none.
+        ValueError: not the name of a device, or CUDA if PyTorch finds no CUDA device.
     """
     try:
         found = torch.device(given)
@@ -74,7 +74,7 @@ def device(given: torch.device | str) -> torch.device:
 
 
 def run_dir(given: str | Path | None, options: TrainingOptions) -> Path | None:
-    """A run folder's path; :class:`ValueError` where there is a file, or none and one is needed."""
+    """Return the path of the run folder; raise :class:`ValueError` if it is a file, or missing but needed."""
     path = None if given is None else Path(given)
     if path is None and options.keep_best:
         raise ValueError("options.keep_best writes best.safetensors to the run folder; give a run_dir")
@@ -89,13 +89,13 @@ def loaders(
     scheduler: LRScheduler | None,
     options: TrainingOptions,
 ) -> None:
-    """Refuse loaders that cannot be trained with, before anything is done."""
+    """Refuse loaders that cannot be used, before training starts."""
     for name, loader in (("train_loader", train), ("val_loader", validation)):
         no_data_set(name, loader)
         if isinstance(loader, Iterator):
             raise ValueError(
-                f"{name} is a {type(loader).__name__}, which can be gone through once; give a DataLoader or "
-                f"a list of batches"
+                f"{name} is a {type(loader).__name__}, which can be iterated over only once; give a "
+                f"DataLoader or a list of batches"
             )
         if not isinstance(loader, Iterable) and (loader is not None or name == "train_loader"):
             raise ValueError(f"{name} must give batches, got {type(loader).__name__}; give a DataLoader")
@@ -129,7 +129,7 @@ def no_data_set(name: str, loader: object) -> None:
 
 
 def time_axis(loader: Iterable, images: Tensor, encoder: nn.Module | None) -> None:
-    """Raise :class:`BatchError` for event frames ``[N, T, ...]``, also where N = T hides it."""
+    """Raise :class:`BatchError` for event frames ``[N, T, ...]``, also if N = T."""
     stacked = isinstance(loader, DataLoader) and loader.collate_fn is default_collate
     if stacked and encoder is None and images.dim() == 5:
         raise BatchError(
@@ -139,7 +139,7 @@ def time_axis(loader: Iterable, images: Tensor, encoder: nn.Module | None) -> No
 
 
 def brightness(encoder: nn.Module | None, images: Tensor) -> None:
-    """Warn of images in 0..255 before an encoder."""
+    """Warn about images in 0..255 before an encoder."""
     if encoder is None or not images.is_floating_point() or images.numel() == 0:
         return
     most = float(images.abs().amax())
@@ -185,12 +185,12 @@ def hints(student: nn.Module, encoder: nn.Module | None, images: Tensor, axis: i
 def _is_empty(loader: Iterable) -> bool:
     try:
         return len(loader) == 0
-    except TypeError:  # nobody knows
+    except TypeError:  # unknown length
         return False
 
 
 def teacher(teacher: nn.Module | None, objective: object) -> None:
-    """Raise :class:`ValueError` where the objective lacks a teacher, or makes no use of the one given."""
+    """Raise :class:`ValueError` if the objective lacks a teacher, or does not use the one given."""
     if isinstance(objective, type):
         raise ValueError(
             f"objective is the class {objective.__name__}; give objective={objective.__name__}(...)"
@@ -214,7 +214,7 @@ def teacher(teacher: nn.Module | None, objective: object) -> None:
 
 
 def settings(optimizer: object, scheduler: object, options: object, callbacks: object, seed: object) -> None:
-    """Raise :class:`ValueError` for arguments of another type, such as a class in place of an object."""
+    """Raise :class:`ValueError` for arguments of a wrong type, such as a class in place of an object."""
     for name, given, kinds, example in (
         ("optimizer", optimizer, Optimizer, "torch.optim.Adam(student.parameters(), lr=1e-4)"),
         ("scheduler", scheduler, (LRScheduler, ReduceLROnPlateau), "CosineAnnealingLR(optimizer, epochs)"),
@@ -230,7 +230,7 @@ def settings(optimizer: object, scheduler: object, options: object, callbacks: o
 
 
 def optimizer(student: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
-    """Raise :class:`ValueError` where optimizer or scheduler would train nothing of the student."""
+    """Raise :class:`ValueError` if optimizer or scheduler would not train the student."""
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     if not all(map(math.isfinite, rates)):
         raise ValueError(

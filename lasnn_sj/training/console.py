@@ -20,7 +20,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def lines_shown() -> Iterator[None]:
-    """Write this package's log lines to the console where the program has not set up logging itself.
+    """Context that writes this package's log lines to the console unless the program has set up logging.
 
     Where it has, its own handlers write them; those that write to the console do so above the progress bar.
     """

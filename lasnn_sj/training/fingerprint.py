@@ -1,4 +1,4 @@
-"""Fingerprints of what makes a run: networks, data, optimiser, in the words of ``settings.json``."""
+"""Fingerprints of a run's networks, data and optimizer, as ``settings.json`` holds them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .options import TrainingOptions
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-SAMPLED = 4  # items of a data set that are looked at
+SAMPLED = 4  # items of a data set that are hashed
 DEEPEST = 8
-# Of schedulers: where they stand, not what they are.
+# Attributes of schedulers that change during training.
 _MOVING = {
     "last_epoch",
     "best",
@@ -39,12 +39,12 @@ _MOVING = {
     "optimizer",
     "mode_worse",
 }
-_STATE = {"training", "v_seq"}  # of layers, what a forward pass changes
+_STATE = {"training", "v_seq"}  # attributes of layers that a forward pass changes
 _SETTINGS = (bool, int, float, str, tuple, type(None))
 
 
 def run(trainer: Trainer, train_loader: Iterable) -> dict[str, object]:
-    """Everything that a resumed run must have in common with the one that began, by name."""
+    """Describe everything that a resumed run must share with the original run, by name."""
     generators = random_state.generators_of({"data": getattr(train_loader, "dataset", None)})
     teacher = trainer.teacher
     return {
@@ -60,9 +60,9 @@ def run(trainer: Trainer, train_loader: Iterable) -> dict[str, object]:
 
 
 def settings(trainer: Trainer) -> dict[str, object]:
-    """Settings of a run for people to read; a resumed run must share them."""
+    """Return the readable settings of a run; a resumed run must share them."""
     group = {k: v for k, v in trainer.optimizer.defaults.items() if isinstance(v, (int, float, bool, tuple))}
-    group.pop("fused", None)  # changes how, not what
+    group.pop("fused", None)  # changes the implementation, not the result
     options, defaults = trainer.options, TrainingOptions()
     later = {
         name: getattr(options, name)
@@ -87,12 +87,12 @@ def settings(trainer: Trainer) -> dict[str, object]:
 
 
 def network(module: nn.Module, *, layers: bool = True, initial: bool = True) -> dict[str, object]:
-    """Class, layers with their settings (neurons' thresholds, leaks, surrogates among them) and weights.
+    """Describe a network: class, layers with their settings (thresholds, leaks, surrogates), weights.
 
     Args:
         module: any network.
-        layers: say each layer's settings; else a digest of all of them.
-        initial: of all weights; else of those alone that are not trained.
+        layers: list the settings of each layer; if false, a digest of all of them.
+        initial: include all weights; if false, only those that are not trained.
     """
     each = {name or "(itself)": _layer(part) for name, part in module.named_modules()}
     tensors = {
@@ -109,7 +109,7 @@ def network(module: nn.Module, *, layers: bool = True, initial: bool = True) -> 
 
 
 def weights(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of named tensors: names, dtypes, shapes, values. About 0.1 s for 50 MB on a CPU."""
+    """Compute a digest of named tensors: names, dtypes, shapes, values (about 0.1 s for 50 MB)."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         data = tensor.detach().cpu().contiguous()
@@ -119,10 +119,10 @@ def weights(tensors: Mapping[str, Tensor]) -> str:
 
 
 def data(loader: Iterable, generators: Mapping[str, random_state.Generator]) -> dict[str, object]:
-    """Batch size and order of a loader; class, size, labels and a few items of its data set.
+    """Describe a loader: batch size and order; class, size, labels and a few items of its data set.
 
-    Items are taken with all random generators seeded, which then have their states back, so that augmented
-    ones are the same each time. Of a stream only the class is said: taking from it would change it.
+    Items are read with seeded random-number generators, whose states are restored, so that augmented items
+    are the same each time. Of a stream only the class is described, because reading would consume it.
 
     Args:
         loader: as for training.
@@ -156,7 +156,7 @@ def data(loader: Iterable, generators: Mapping[str, random_state.Generator]) -> 
 
 
 def optimiser(optimizer: Optimizer) -> dict[str, object]:
-    """Class, and the settings and size of each group."""
+    """Describe an optimizer: class, settings and size of each parameter group."""
     groups = []
     for group in optimizer.param_groups:
         own = {name: describe(value) for name, value in group.items() if name != "params"}
@@ -167,7 +167,7 @@ def optimiser(optimizer: Optimizer) -> dict[str, object]:
 
 
 def schedule(scheduler: LRScheduler | None) -> dict[str, object] | None:
-    """Class and settings, not where it stands."""
+    """Describe a scheduler: class and settings without its current state."""
     if scheduler is None:
         return None
     own = {k: v for k, v in vars(scheduler).items() if k not in _MOVING and not k.startswith("_")}
@@ -179,7 +179,7 @@ def schedule(scheduler: LRScheduler | None) -> dict[str, object] | None:
 
 
 def describe(value: object, depth: int = 0) -> object:
-    """A value as JSON without addresses in memory: of an object its class and public fields."""
+    """Convert a value to JSON without memory addresses: an object to its class and public fields."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if depth > DEEPEST:
@@ -208,7 +208,7 @@ def describe(value: object, depth: int = 0) -> object:
 
 
 def sentence(objective: object) -> str:
-    """Text of an objective that is the same in another process."""
+    """Describe an objective by a text that is the same in every process."""
     if isinstance(objective, Sum):
         return " + ".join(map(sentence, objective.objectives))
     if type(objective).__repr__ not in (object.__repr__, nn.Module.__repr__):
@@ -232,7 +232,7 @@ def _fields(value: object, depth: int) -> dict[str, object]:
 
 
 def _layer(module: nn.Module) -> str | dict[str, object]:
-    """A layer's class and settings, without those of its parts."""
+    """Describe a layer: class and settings without those of its submodules."""
     kind = type(module)
     weights = {
         name: f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}"
@@ -262,7 +262,7 @@ def _length(source: object) -> int | None:
 
 
 def _labels(source: object) -> str | None:
-    """Digest of all labels, where a data set keeps them as torchvision's and PyTorch's do."""
+    """Compute a digest of all labels, if the data set keeps them as torchvision's and PyTorch's do."""
     if isinstance(source, Subset):
         return _digest(repr((_labels(source.dataset), list(source.indices))).encode())
     tensors = getattr(source, "tensors", None)
@@ -281,7 +281,7 @@ def _labels(source: object) -> str | None:
 def _items(
     loader: Iterable, source: Sequence, count: int, generators: Mapping[str, random_state.Generator]
 ) -> list[str] | None:
-    """Digests of a few items; ``None`` where they cannot be had, or are others each time."""
+    """Compute digests of a few items; ``None`` if they cannot be read or differ each time."""
     chosen = sorted({count * number // SAMPLED for number in range(SAMPLED)})
     before = random_state.random_state(generators)
     found = []

@@ -1,4 +1,4 @@
-"""A look at a small batch before training: what the networks make of it, and what is wrong with either."""
+"""Dry run on a small batch before training: checks of the networks, and the needs of the objective."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIRST = 32  # samples that a layer may be silent on
 
 
 def look_at(trainer: Trainer, images: Tensor, axis: int) -> tuple[Look, Needs]:
-    """Run the networks on two samples, say what is wrong, and ask the objective what it needs.
+    """Run the networks on two samples, report mistakes, and ask the objective for its needs.
 
     Args:
         trainer: its student in evaluation mode, without gradients.
@@ -58,7 +58,7 @@ def look_at(trainer: Trainer, images: Tensor, axis: int) -> tuple[Look, Needs]:
 
 
 def _name_silent(trainer: Trainer, images: Tensor, axis: int) -> None:
-    """Warn of layers that are silent on more samples too."""
+    """Warn about layers that are silent on more samples too."""
     state, samples = trainer.progress.random_state(), min(FIRST, images.shape[axis])
     images = images.narrow(axis, 0, samples)
     with watched(trainer.student) as fired, _statistics_of_the_batch(trainer.student):
@@ -72,7 +72,7 @@ def _name_silent(trainer: Trainer, images: Tensor, axis: int) -> None:
 
 @contextmanager
 def _statistics_of_the_batch(student: nn.Module) -> Iterator[None]:
-    """Let batch norm use the batch, as in training; its running statistics stay as they are."""
+    """Context in which batch norm uses batch statistics, without updating the running ones."""
     norms = batch_norms(student)
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     modes = [norm.training for norm in norms]
@@ -88,7 +88,7 @@ def _statistics_of_the_batch(student: nn.Module) -> Iterator[None]:
 
 
 def _check_memory(trainer: Trainer, small: Tensor, state: dict, outputs: Tensor) -> None:
-    """Warn where the same input gives another output after ``reset_net``."""
+    """Warn if the same input gives another output after ``reset_net``."""
     after = trainer.progress.random_state()
     trainer.progress.set_random_state(state)
     encoded = small if trainer.encoder is None else trainer.encoder(small)
@@ -134,7 +134,7 @@ def _single_steps(student: nn.Module, encoded: Tensor) -> Iterator[None]:
 
 
 def _is_single_step(module: nn.Module) -> bool:
-    """Return whether a layer with a state takes one step, as in a network that loops over time."""
+    """Return whether a stateful layer is in single-step mode, as in a network that loops over time."""
     if not isinstance(module, base.MemoryModule) or module.step_mode != "s":
         return False
     return sum(isinstance(part, base.MemoryModule) for part in module.modules()) == 1

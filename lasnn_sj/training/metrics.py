@@ -42,15 +42,17 @@ def describe(row: Mapping[str, float]) -> str:
 
 
 def best_row(history: Sequence[Mapping[str, float]], column: str) -> Mapping[str, float] | None:
-    """The first row with the lowest ``val_loss``, or the highest of another column; rows without it or with
-    NaN do not count, and where there are no others the result is ``None``."""
+    """Return the first row with the lowest ``val_loss``, or the highest value of another column.
+
+    Rows with NaN or without the column are ignored; ``None`` if no other rows exist.
+    """
     sign = -1 if column == "val_loss" else 1
     rows = [row for row in history if math.isfinite(row.get(column, math.nan))]
     return max(rows, key=lambda row: sign * row[column], default=None)
 
 
 def rows_since_best(history: Sequence[Mapping[str, float]], column: str) -> int:
-    """Number of rows that have the column after the best one."""
+    """Return the number of rows with the column after the best one."""
     best = best_row(history, column)
     return sum(column in row for row in history if best is None or row["epoch"] > best["epoch"])
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def watched(student: nn.Module) -> Iterator[dict[str, bool]]:
-    """Record by name whether each spiking layer that was called gave anything but zeros."""
+    """Record by name whether each spiking layer that was called gave a nonzero output."""
     fired: dict[str, bool] = {}
 
     def hook_of(name: str):
@@ -37,22 +37,22 @@ def watched(student: nn.Module) -> Iterator[dict[str, bool]]:
 
 
 def silent(fired: dict[str, bool]) -> list[str]:
-    """Layers that gave nothing but zeros."""
+    """Return the layers whose outputs were all zero."""
     return [name for name, any_ in fired.items() if not any_]
 
 
 def warn_of_silence(names: list[str], samples: int, student: nn.Module) -> None:
-    """Name layers that do not fire, and what would do."""
+    """Warn about layers that do not fire, with a remedy."""
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     remedy = (
         "; lower v_threshold, or, after the first steps, train on: batch norm's running averages lag behind"
         if batch_norms(student)
-        else " and nothing is learned there; lower v_threshold, balance the thresholds of a converted ANN "
+        else " and these layers learn nothing; lower v_threshold, balance the thresholds of a converted ANN "
         "(lasnn_sj.conversion), or add batch norm"
     )
-    log.warning("no spike on the first %d samples in %s: nothing passes%s", samples, shown, remedy)
+    log.warning("no spike on the first %d samples in %s: no signal passes%s", samples, shown, remedy)
 
 
 def batch_norms(student: nn.Module) -> list[nn.Module]:
-    """Layers that normalise over the batch."""
+    """Return the layers that normalize over the batch."""
     return [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -1,4 +1,4 @@
-"""The trainer of any network with any objective."""
+"""Trainer for any network and any objective."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Train a network on an objective; of an SNN by surrogate gradients, of an ANN with ``encoder=None``.
+    """Train a network on an objective: an SNN by surrogate gradients, or an ANN with ``encoder=None``.
 
-    Started by ``torchrun`` the same script trains on all its processes (``batch_size`` is then each one's).
-    Student, teacher, encoder, objective, optimizer and options are attributes, which may be changed between
+    Under ``torchrun`` the same script trains on all processes; ``batch_size`` then counts per process.
+    Student, teacher, encoder, objective, optimizer and options are attributes and may be changed between
     steps.
 
     Args:
@@ -52,14 +52,14 @@ class Trainer:
         objective: loss that is trained; cross-entropy if not given. Its own weights, if it has some, are
             added to the optimizer.
         teacher: any module, ``[N, ...]`` images to logits ``[N, K]``; put into evaluation mode and frozen.
-        encoder: adds the time axis to the student's input; ``None`` where the loader's batches have it
-            already or the student has none.
+        encoder: adds the time axis to the student's input; ``None`` if the loader's batches have one
+            or the student takes none.
         optimizer: of the student's parameters; Adam at 1e-4 with weight decay 5e-4 if not given.
         scheduler: stepped once an epoch; ``ReduceLROnPlateau`` with the validation loss.
         readout: class scores of ``[T, N, K]``: ``"last"`` step or ``"mean"`` over time; ``"auto"`` is
             the last where the student ends in an ``IntegratorNode``, the mean elsewhere.
         run_dir: folder for checkpoints, ``metrics.csv`` (by epoch), ``steps.csv`` and TensorBoard; nothing
-            is written without. With it SIGTERM, SIGHUP and SIGINT finish the step and save before they act.
+            is written without it. With it, SIGTERM, SIGHUP and SIGINT stop after the step is saved.
         device: device to train on; the student's own if not given.
         seed: seeds all random generators when training starts.
         options: precision, memory, gradients, checkpoints.
@@ -215,7 +215,7 @@ class Trainer:
                 quiet=not distributed.is_main(),
             )  # fmt: skip
             stop = StopRequest()
-            before = self.progress.random_state()  # what callbacks draw now a resumed run would draw again
+            before = self.progress.random_state()  # callbacks may draw, also when a run resumes
             for callback in callbacks:
                 callback.on_fit_start(self)
                 ending.callback(callback.on_fit_end, self)
@@ -280,12 +280,12 @@ class Trainer:
             self.progress.set_random_state(before)
 
     def _owners(self, *loaders: Iterable | None) -> dict[str, object]:
-        """Objects whose random generators belong to the run."""
+        """Return the objects whose random-number generators belong to the run."""
         own = {name: getattr(self, name) for name in ("encoder", "student", "teacher", "objective")}
         return own | dict(zip(("train_loader", "val_loader"), loaders))
 
     def _validate(self, loader: Iterable, stop: StopRequest) -> dict[str, float]:
-        """Evaluate; a signal ends it where this process is alone, and the next start repeats it."""
+        """Evaluate; in a single process a signal interrupts it, and the resumed run repeats it."""
         try:
             with stop.safely(at_once=distributed.world_size() == 1):
                 return self.evaluate(loader)
@@ -352,7 +352,7 @@ class Trainer:
         return row | ({"skipped": epoch.skipped} if epoch.skipped else {})
 
     def _count(self, epoch: Epoch, bar: tqdm, callbacks: Sequence[Callback]) -> None:
-        """Count the steps that are not read yet, or end at the first bad one."""
+        """Count the unread steps, or raise the error of the first bad one."""
         unread, self._unread = self._unread, []
         errors = self._step.errors([result for *_, result in unread])
         for (batch, images, labels, result), error in zip(unread, errors):
@@ -376,7 +376,7 @@ class Trainer:
     def _save_if_due(
         self, epoch: Epoch, first: int, last: int, stop: StopRequest, count: Callable[[], None]
     ) -> None:
-        """Write a checkpoint within the epoch where one is due; end here if a signal asked for it."""
+        """Write a checkpoint if one is due; stop if a signal was received."""
         if self._folder is None:
             return
         due = first < epoch.position != last and self._folder.due(self.step + len(self._unread))
@@ -391,13 +391,13 @@ class Trainer:
     def _save_and_leave(self, stop: StopRequest, save: bool = True) -> NoReturn:
         if save:
             self.progress.save(self._folder)
-        log.warning("stopped and saved after step %d; start the same run again to go on", self.step)
+        log.warning("stopped and saved after step %d; start the same run again to resume", self.step)
         stop.leave()
 
     def _leave_out(
         self, error: NonFiniteError, where: str, batch: Batch, images: Tensor, labels: Tensor
     ) -> None:
-        """Count a step that is not finite, or keep it on disk and stop."""
+        """Skip a step that is not finite, or save it for inspection and raise its error."""
         shown = f"; its samples are {batch.indices[:16]}" if batch.indices else ""
         message = f"{where}: {error}{shown}"
         if self.options.on_nonfinite == "skip":
@@ -431,12 +431,12 @@ class Trainer:
             self._folder.write_history(self.history)
 
     def _is_over(self) -> bool:
-        """Return whether patience has ended."""
+        """Return whether the patience of early stopping is exhausted."""
         patience = self.options.patience
         return patience is not None and rows_since_best(self.history, self.options.monitor) >= patience
 
     def _end(self) -> None:
-        """Write the last weights, and say which epoch was the best where that is watched."""
+        """Write the last weights, and log the best epoch if one is monitored."""
         options = self.options
         if self._folder is not None:
             self._folder.write_weights(WEIGHTS, self.student)
@@ -457,14 +457,14 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def settings(self) -> dict[str, object]:
-        """Settings that a resumed run must share with the run that wrote the folder."""
+        """Return the settings that a resumed run must share with the run that wrote the folder."""
         return fingerprint.settings(self)
 
 
 def _add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Let an optimizer also train the parameters that it does not have yet, in its first group.
+    """Add parameters to the first group of an optimizer that does not train them yet.
 
-    A group of their own would be one more than a scheduler that was made before has rates for.
+    A new group would have no learning rate in a scheduler that was created before.
     """
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [p for p in parameters if id(p) not in known]

@@ -431,7 +431,7 @@ def test_a_fresh_network_with_batch_norm_is_not_called_silent(caplog):
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     evaluate(net, loader(), DirectEncoder(2))
     assert re.search(
-        "nothing passes; lower v_threshold, or, after the first steps, train on: batch norm's", caplog.text
+        "no signal passes; lower v_threshold, or, after the first steps, train on: batch norm's", caplog.text
     )
 
 

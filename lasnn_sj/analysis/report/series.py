@@ -213,7 +213,7 @@ def spread(values: Sequence[float], shape: str) -> str:
 
 
 def gain_text(values: Sequence[float]) -> str:
-    """A gain, or the mean of several with its 95 % interval."""
+    """Format a gain, or the mean of several with its 95 % interval."""
     ends = interval(values)
     if ends is None or len(set(values)) == 1:
         return spread(values, "+.2f")
