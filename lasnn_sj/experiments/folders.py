@@ -28,7 +28,7 @@ from .pipeline import build_encoder, converts, to_snn
 from .recipes import Recipe, ReverseRecipe
 from .runner import ABOUT
 
-DEPTH = 4  # levels of folders in which students are sought
+DEPTH = 4  # levels of folders that are searched for students
 BATCH = 100
 
 
@@ -37,13 +37,13 @@ class Student:
     """A trained student in a folder.
 
     Attributes:
-        folder: of its weights.
+        folder: folder of its weights.
         row: name of its stage or row.
-        seed: of its run, where it is known.
+        seed: seed of its run, if known.
         sample_shape: channels, height and width of its input at each step.
         load: builds network and encoder on a device.
         test: makes batches of the run's test data.
-        device: of its run.
+        device: device of its run.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Student:
     device: str = "cpu"
 
     def evaluate(self, device: str | None = None) -> dict[str, float]:
-        """Loss and accuracy on the run's test data, on another device than the run's if given."""
+        """Compute loss and accuracy on the test data, on the device of the run if none is given."""
         device = str(distributed.initialise(torch.device(device or self.device)))
         net, encoder = self.load(device)
         return evaluate(net, self.test(), encoder, device=device)
@@ -64,22 +64,22 @@ class Student:
 def students(
     folder: str | Path, rows: Sequence[str] = (), source: str | None = None, root: str | Path = "data"
 ) -> list[Student]:
-    """Trained students of a folder that this package wrote.
+    """Find the trained students of a folder that this package wrote.
 
     Args:
-        folder: of ``lasnn-sj train``, ``compare`` or ``reproduce``, of a ``Pipeline`` or ``ReversePipeline``
-            (the quickstart's), of a trainer (its ``run_dir``), or of ``save_pretrained``.
+        folder: folder of ``lasnn-sj train``, ``compare`` or ``reproduce``, of a ``Pipeline`` (such as the
+            quickstart's) or ``ReversePipeline``, of a trainer (its ``run_dir``), or of ``save_pretrained``.
         rows: only these rows.
-        source: data set or .npz file, where the folder does not say.
+        source: data set or .npz file, if the folder does not name it.
         root: folder of the data sets.
 
     Raises:
-        ConfigError: there is no such student; the message says what there is, or what is not known.
-        FileNotFoundError: the folder or a row is not there.
+        ConfigError: there is no such student; the message lists those found, or what is unknown.
+        FileNotFoundError: the folder or a row does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give the run_dir of a run")
+        raise FileNotFoundError(f"{folder} is not a folder; give the run_dir of a run")
     if (folder / runs.FILE).is_file():
         return _of_experiment(folder, rows)
     seed = re.fullmatch(r"seed(\d+)", folder.name)
@@ -131,7 +131,7 @@ def _test_of(run: runs.Experiment) -> DataLoader:
 
 
 def _of_runner(folder: Path, source: str | None, root: Path) -> list[Student]:
-    """Finished students of a ``Pipeline`` or ``ReversePipeline``."""
+    """Yield the finished students of a ``Pipeline`` or ``ReversePipeline``."""
     about, there = read_json(folder / ABOUT), read_json(folder / "recipe.json")
     if about is None or there is None:
         raise config.ConfigError(f"{folder / ABOUT} or recipe.json beside it is damaged")
@@ -182,7 +182,7 @@ def _load_reverse(
 
 
 def _of_trainer(folder: Path, rows: Sequence[str], source: str | None, root: Path) -> list[Student]:
-    """The last and the best weights of a trainer's run folder."""
+    """Find the last and the best weights of a trainer's run folder."""
     settings = read_json(folder / "settings.json") or {}
     built = settings.get("architecture")
     if not built:
@@ -215,7 +215,7 @@ def _of_trainer(folder: Path, rows: Sequence[str], source: str | None, root: Pat
 
 
 def _encoder(text: str) -> nn.Module | None:
-    """The encoder that a run described, or none for event frames and ANNs."""
+    """Return the encoder of a run; none for event frames and ANNs."""
     if text == "None":
         return None
     found = re.fullmatch(r"(Direct|Poisson)Encoder\(T=(\d+)\)", text)
@@ -243,7 +243,7 @@ def _load_images(name: str, root: Path, classes: int, size: int, test: int | Non
             loaded = data.load(file if file.is_file() else name, root, download=False, shrink=shrink)
     except ValueError as error:
         raise config.ConfigError(
-            f"the run's data set is {name!r}; say by --source where it is ({error})"
+            f"the run's data set is {name!r}; give its location by --source ({error})"
         ) from error
     if classes < loaded.num_classes:
         loaded = loaded.first_classes(classes)
@@ -263,9 +263,7 @@ def _pretrained(folder: Path, source: str | None, root: Path) -> Student:
 def _named_images(folder: Path, source: str | None, root: Path, built: dict) -> DataLoader:
     """Test batches of a data set that the folder does not name."""
     if source is None:
-        raise config.ConfigError(
-            f"{folder} does not say which data it was trained on; give --source, such as digits"
-        )
+        raise config.ConfigError(f"{folder} does not name its training data; give --source, such as digits")
     return _load_images(source, root, built["num_classes"], _sample_shape(built)[1], None).test_loader(BATCH)
 
 

@@ -1,4 +1,4 @@
-"""Jobs in several processes, each on a device of its own."""
+"""Jobs in several processes, each on its own device."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ Job = TypeVar("Job")
 def run_jobs(
     work: Callable[[Job, str], object], jobs: Sequence[Job], devices: Sequence[str], processes: int
 ) -> Iterator[tuple[Job, object, str | None]]:
-    """Call ``work(job, device)`` for every job; one that fails does not stop the others.
+    """Call ``work(job, device)`` for every job; a failing job does not stop the others.
 
     Args:
-        work: called in this process where ``processes`` is 1, else in processes that are started anew, to
-            which it must be picklable.
-        jobs: arguments.
-        devices: dealt to the processes in turn.
-        processes: number of jobs that run at once. Each process gets an equal share of this one's threads.
+        work: called in this process if ``processes`` is 1, else in spawned processes, for which it must be
+            picklable.
+        jobs: arguments of the calls.
+        devices: devices, assigned to the processes in turn.
+        processes: number of jobs that run at once. Each process gets an equal share of the threads.
 
     Yields:
-        A job that is done, what ``work`` returned, and its error as text or ``None``, in the order in which
-        they end.
+        A finished job, the result of ``work``, and its error as text or ``None``, in order of completion.
     """
     processes = min(processes, len(jobs))
     if processes > 1 and distributed.world_size() > 1:
@@ -88,7 +87,7 @@ def _start_worker(work: Callable, free: multiprocessing.Queue, threads: int, par
 
 
 def _end_with(parent: int) -> None:
-    """Save and end when the process that gives the jobs is gone, or the next one would meet this one."""
+    """Send SIGTERM to this process, which saves and ends, once its parent has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -103,10 +102,10 @@ def _call(job: object) -> tuple[object, str | None]:
 def attempt(work: Callable[[Job, str], object], job: Job, device: str) -> tuple[object, str | None]:
     """Return what ``work(job, device)`` does, and its error as text or ``None``."""
     if device == "cpu":
-        disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
+        disable_malloc_trim()  # mapping new memory for every large tensor takes longer than filling it
     try:
         return work(job, device), None
-    except Exception as error:  # one job must not take the others' hours with it
+    except Exception as error:  # a failing job must not end the others
         if distributed.world_size() > 1:  # the others are in the midst of this one
             raise
         log.exception("%s failed", job)

@@ -48,7 +48,7 @@ class Pipeline(Runner):
             as they go (``val_`` columns of ``metrics.csv``); test images are evaluated once, at the end of
             a stage.
         run_dir: each stage has a folder here with its checkpoints, curves and ``result.json``; a stage
-            whose result is there is not run again, a stage that was cut off goes on.
+            whose result exists is not run again; an interrupted stage resumes.
         teacher: a ready teacher instead of stage 1's, taking images in [-1, 1].
         ann: a ready intermediate ANN, the recipe's ``student`` with ReLU, instead of stage 2's.
         snn_teacher: what teaches in the stage ``"spike_kd"``, a trained SNN for the recipe's encoding.
@@ -93,7 +93,7 @@ class Pipeline(Runner):
         )
 
     def run(self, stages: Sequence[str] = DEFAULT) -> dict[str, dict[str, float]]:
-        """Results of the stages by name.
+        """Run the stages and return their results by name.
 
         Each has ``top1`` in percent, ``loss``, ``samples``, ``seconds`` (of the process that finished it)
         and ``peak_memory_mib``; a trained one ``seconds_per_epoch``; an SNN ``top1_over_time`` (after 1,
@@ -115,7 +115,7 @@ class Pipeline(Runner):
         return converts(self.recipe.student)
 
     def encoder(self, T: int | None = None) -> nn.Module:
-        """The recipe's encoder, for ``T`` steps instead of its own if given, seeded."""
+        """Build the seeded encoder of the recipe, for ``T`` steps if given."""
         return build_encoder(self.recipe, self.device, T)
 
     def teacher(self) -> nn.Module:
@@ -130,7 +130,7 @@ class Pipeline(Runner):
     def student(self, stage: str) -> nn.Module:
         """Return the network of ``"ann"``, ``"converted"``, ``"start"`` or a stage that trains from it.
 
-        What is not there yet is trained; ``"converted"`` and ``"start"`` are made without evaluating them.
+        Missing networks are trained; ``"converted"`` and ``"start"`` are created without an evaluation.
         """
         if stage == "ann" and self._ann is not None:
             return self._ann
@@ -179,7 +179,7 @@ class Pipeline(Runner):
         return self._result(stage, lambda folder: self._run(stage, folder), lambda: self._prepare(stage))
 
     def _prepare(self, stage: str) -> None:
-        """Make what a stage needs first: its time is its own."""
+        """Run the stages that a stage needs, whose time is not counted."""
         needs, teacher = STAGES[stage].needs, STAGES[stage].teacher
         if teacher == "snn" and self._snn_teacher is None:
             raise ValueError(f"the stage {stage} needs an SNN that teaches: give Pipeline an snn_teacher")
@@ -191,7 +191,7 @@ class Pipeline(Runner):
             self._stage("teacher")
 
     def _run(self, stage: str, folder: Path) -> dict[str, float]:
-        """Do a stage's work; its network is saved in its folder."""
+        """Run a stage and save its network in its folder."""
         r = self.recipe
         match stage:
             case "teacher" if self._given is not None:
@@ -220,7 +220,7 @@ class Pipeline(Runner):
         return self._train_snn(folder, objective, self.teacher())
 
     def _make(self, stage: str) -> None:
-        """Make the network of ``"converted"`` or ``"start"``, where its weights are not there yet."""
+        """Create the network of ``"converted"`` or ``"start"`` unless its weights exist."""
         path = files.inside(self.run_dir, stage) / "weights.safetensors"
         if distributed.of_main(path.exists):
             return
@@ -294,7 +294,7 @@ class Pipeline(Runner):
         return distributed.of_main(lambda: inspection.results(seen)) | cost
 
     def _examine(self, snn: nn.Module, T: int | None = None) -> dict[str, object]:
-        """Evaluate an SNN: accuracy after each step, and spikes."""
+        """Evaluate an SNN: accuracy after each step, and spike counts."""
         test = self._test(self.recipe.batch)
         result = evaluate(snn, test, self.encoder(T), device=self.device, chunk=CHUNK, over_time=True)
         seen = spike_statistics(snn, test, self.encoder(T), device=self.device, chunk=CHUNK)
@@ -364,7 +364,7 @@ def converts(student: str) -> bool:
 
 
 def to_snn(ann: nn.Module, recipe: Recipe) -> nn.Module:
-    """Convert an ANN to neurons with a recipe's leak and surrogate."""
+    """Convert an ANN to an SNN with the leak and surrogate of a recipe."""
     snn = convert(ann, leak=recipe.leak)
     for node in _nodes(snn):
         node.surrogate_function = LinearSurrogate(recipe.gamma)
@@ -395,7 +395,7 @@ def _nodes(snn: nn.Module) -> list[TimeLoopNode]:
 
 
 def table(recipe: Recipe, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
-    """Markdown table of one run, or of several seeds as mean and sample standard deviation."""
+    """Format the results of one run, or of several seeds as mean and sample standard deviation."""
     head = "top-1 %" if len(runs) == 1 else f"top-1 %, mean ± deviation of {len(runs)} seeds"
     rows = [("", head, "seconds")]
     for stage in (stage for stage in STAGES if stage in runs[0]):

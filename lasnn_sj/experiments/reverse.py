@@ -68,11 +68,12 @@ class ReversePipeline(Runner):
         what = {"data": data.name, "train": len(data.train), "test": len(data.test), "encoder": repr(encoder)}
         what["validation"] = 0 if data.validation is None else len(data.validation)
         described = {key: value for key, value in asdict(recipe).items() if key not in ("ratios", "default")}
-        super().__init__(recipe, data, run_dir, device, described | what)
-        self.encoder = encoder
+        frames = None
         if isinstance(data.train, EventFrames):
             augment = data.train.augment and asdict(data.train.augment)
-            self._check("frames.json", asdict(data.train.framing) | {"augment": augment})
+            frames = asdict(data.train.framing) | {"augment": augment}
+        super().__init__(recipe, data, run_dir, device, described | what, frames)
+        self.encoder = encoder
 
     def run(self) -> dict[str, Result]:
         """Run the rows and return results by row: ``"alone"``, ``"sparse 0.1"``, ..., ``"default"``.

@@ -1,4 +1,4 @@
-"""Runs the rows of a table: shared parts once, on as many devices or processes as there are."""
+"""Run the rows of a table, with shared parts run once, on several devices or processes."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ Results = dict[tuple[Row, int], Mapping[str, object]]
 
 
 class ExperimentError(ValueError):
-    """A table, row or data set that does not exist, or rows that failed; the message lists what there is."""
+    """A table, row or data set does not exist, or rows failed; the message lists what is known."""
 
 
 @dataclass(frozen=True)
 class TableRunner:
-    """Runs the rows of a table; is sent to worker processes.
+    """Runner of the rows of a table, sent to worker processes.
 
     Attributes:
-        scale: the size.
+        scale: size of the run.
         root: folder of the data sets.
         run_dir: folder of this scale's runs, shared by all tables.
         teacher_checkpoint: a trained ResNet-20 for CIFAR-10, or ``None``.
-        device: of this process.
+        device: device of this process.
     """
 
     scale: Scale
@@ -56,18 +56,18 @@ class TableRunner:
     device: str
 
     def images(self, row: Row) -> data.ImageData:
-        """A row's images, read once by a process."""
+        """Load the images of a row, once per process."""
         return scales.images(row.dataset, self.scale, self.root, row.reverse)
 
     def samples(self, row: Row) -> data.ImageData | events.EventData:
-        """A row's images or event frames."""
+        """Load the images or event frames of a row."""
         framing = scales.reverse_kd(row, self.scale, 0).framing if row.reverse else None
         if framing is None:
             return self.images(row)
         return scales.recordings(row.dataset, framing, self.scale == "full", self.root)
 
     def teacher(self, row: Row) -> nn.Module:
-        """The teacher of a row's network, of seed 0 for all seeds; trained where it is not there yet.
+        """Return the teacher of a row, of seed 0 for all seeds; train it first if needed.
 
         Raises:
             ValueError: rows in this folder had another teacher, a checkpoint's or one trained here.
@@ -95,7 +95,7 @@ class TableRunner:
         return fits and self.teacher_checkpoint is not None
 
     def ann(self, row: Row, seed: int) -> nn.Module:
-        """The intermediate ANN of a row's network; trained where it is not there yet."""
+        """Return the intermediate ANN of a row; train it first if needed."""
         return self._ann_pipeline(row, seed).student("ann")
 
     def _ann_pipeline(self, row: Row, seed: int) -> Pipeline:
@@ -105,7 +105,7 @@ class TableRunner:
         return Pipeline(recipe, self.images(row), folder, device=self.device)
 
     def folder(self, row: Row, seed: int) -> Path:
-        """The run folder of a row, shared by rows that differ only in the method."""
+        """Return the run folder of a row, shared by rows that differ only in the method."""
         if row.reverse:
             return self.run_dir / "studies" / f"{row.dataset}-{row.net}-seed{seed}"
         if row.method == "ann":
@@ -115,7 +115,7 @@ class TableRunner:
         return self.run_dir / "runs" / name
 
     def run(self, row: Row, seed: int) -> Mapping[str, object]:
-        """A row's result, from its folder if it is there."""
+        """Return the result of a row; run the row first if needed."""
         if row.reverse:
             return self._run_reverse(row, seed)
         if row.method == "ann":
@@ -160,11 +160,11 @@ class TableRunner:
                     here.ann(row, seed)
                 else:
                     here.run(row, seed)
-            except Exception as error:  # one row must not take the others' hours with it
+            except Exception as error:  # a failing row must not end the others
                 if distributed.world_size() > 1:  # the others are in the midst of it
                     raise
                 log.exception("%s of %s, seed %d failed", what, row.name, seed)
-                if what == "rows":  # those that need a teacher or ANN say so themselves
+                if what == "rows":  # rows without their teacher or ANN fail by themselves
                     failed[label(row, seed)] = f"{type(error).__name__}: {error}"
         return failed
 
@@ -202,7 +202,7 @@ def label(row: Row, seed: int) -> str:
 
 
 def snn_teacher_of(row: Row, scale: Scale) -> Row:
-    """The row whose network teaches in a row of spike-based distillation."""
+    """Return the row whose network is the teacher of a row of spike-based distillation."""
     return replace(row, net=SNN_TEACHER[scale], method="hybrid")
 
 
@@ -220,8 +220,8 @@ def reproduce(
 ) -> str:
     """Run a table of the papers and write it beside the printed numbers.
 
-    Every row keeps a run folder under ``run_dir/scale``, which all tables share: teachers and intermediate
-    ANNs are trained once, what is finished is not run again, and what was cut off goes on. The table is
+    Every row has a run folder under ``run_dir/scale``, which all tables share: teachers and intermediate
+    ANNs are trained once, finished rows are not run again, and interrupted rows resume. The table is
     written to ``run_dir/scale/table_NAME.md`` and ``.csv``, with ``_curves.csv`` and ``.png`` (accuracy
     after each time step) and ``_spikes.csv`` (mean spikes per neuron of each layer) beside it.
 
@@ -231,14 +231,14 @@ def reproduce(
         rows: only rows whose name has one of these between its slashes, as ``"vgg5/lasnn"``; all rows, or
             at a reduced scale those of the networks that fit it, if none is given.
         scale: ``"full"``, the paper's settings; ``"small"``, about an hour of two cores; ``"smoke"``, a test.
-        seeds: how many, from 0 on.
-        root: folder of the data sets; ``root/NAME.npz`` is taken where it is there, else what torchvision
-            and Tonic keep or download there.
-        run_dir: of all scales.
+        seeds: number of seeds, starting at 0.
+        root: folder of the data sets; ``root/NAME.npz`` is used if it exists, else the data set that
+            torchvision or Tonic downloads there.
+        run_dir: folder of all scales.
         teacher_checkpoint: a trained ResNet-20 for CIFAR-10 (see :func:`~lasnn_sj.models.published_resnet20`)
             where a row's teacher is a ResNet-20.
-        device: ``"cpu"``, ``"cuda"``, ...; all GPUs if not given, the CPU where there is none.
-        processes: how many rows run at once; one for each GPU, or on the CPU one, if not given.
+        device: ``"cpu"``, ``"cuda"``, ...; all GPUs if not given, the CPU without a GPU.
+        processes: number of rows that run at once; one per GPU, or one on the CPU, if not given.
         where: a cluster, or in processes of this one.
 
     Returns:
@@ -308,15 +308,15 @@ def _check_data(runner: TableRunner, rows: Sequence[Row]) -> None:
             missing.setdefault(row.dataset, str(error).splitlines()[0])
     if missing:
         listed = "".join(f"\n  {name}: {error}" for name, error in missing.items())
-        raise ExperimentError(f"{len(missing)} data sets are missing, and nothing was run:{listed}")
+        raise ExperimentError(f"{len(missing)} data sets are missing; no row was run:{listed}")
 
 
 def choose(table: str, names: Iterable[str] = (), scale: Scale = "small") -> list[Row]:
-    """The rows of a table that :func:`reproduce` runs."""
+    """Select the rows of a table that :func:`reproduce` runs."""
     if table not in TABLES:
-        raise ExperimentError(f"no table {table!r}; there are {', '.join(TABLES)}")
+        raise ExperimentError(f"unknown table {table!r}; known are {', '.join(TABLES)}")
     if scale not in SCALES:
-        raise ExperimentError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
+        raise ExperimentError(f"unknown scale {scale!r}; known are {', '.join(SCALES)}")
     found: Table = TABLES[table]
     names = list(names)
     for name in names:
@@ -351,7 +351,7 @@ def _devices() -> list[str]:
 
 
 def _phases(runner: TableRunner, rows: Sequence[Row], seeds: int) -> list[list[tuple[str, list[Row], int]]]:
-    """Jobs ``(what, rows, seed)``; those of a phase need only what earlier phases made.
+    """Group jobs ``(what, rows, seed)`` in phases; a phase needs only the results of earlier ones.
 
     Rows that share a run folder are one job, so that no two processes write into it.
     """

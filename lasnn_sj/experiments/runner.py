@@ -25,7 +25,7 @@ from .recipes import Recipe, ReverseRecipe
 
 log = logging.getLogger(__name__)
 
-ABOUT = "about.json"  # what a run folder was made by and of
+ABOUT = "about.json"  # class and data set of the run in a folder
 
 
 class Data(Protocol):
@@ -45,16 +45,17 @@ class Data(Protocol):
 
 
 class Runner:
-    """Base class of what runs stages in a folder; a finished stage is not run again.
+    """Base class of runners of stages in a folder; finished stages are not run again.
 
-    Under torchrun the batch of every training is shared out to the processes; process 0 alone writes.
+    Under torchrun the processes share the batches of every training; only rank 0 writes files.
 
     Args:
-        recipe: the description.
+        recipe: description of the run.
         data: images or event frames.
-        run_dir: made if it is not there; each stage has a folder in it.
+        run_dir: folder of the run, created if missing; each stage has a folder in it.
         device: device to run on.
-        settings: described in ``recipe.json``, against which a later run in this folder is held.
+        settings: settings written to ``recipe.json``; a later run in this folder must have the same.
+        frames: settings of event frames, written to ``frames.json``; likewise.
 
     Raises:
         ValueError: the folder holds a run with other settings or data; the message lists what differs. Or
@@ -68,6 +69,7 @@ class Runner:
         run_dir: str | Path,
         device: torch.device | str,
         settings: Mapping[str, object],
+        frames: Mapping[str, object] | None = None,
     ) -> None:
         self.recipe, self.data = recipe, data
         self.device, self.run_dir = distributed.initialise(torch.device(device)), Path(run_dir)
@@ -76,6 +78,8 @@ class Runner:
         distributed.by_main(self._begin)
         self._lock = FolderLock(self.run_dir)
         self._check("recipe.json", settings)
+        if frames is not None:  # before the data, whose digests would hide the settings that differ
+            self._check("frames.json", frames)
         parts = {"train": data.loaders(1)[0], "test": data.test_loader(1)}
         self._check("data.json", {name: fingerprint.data(loader, {}) for name, loader in parts.items()})
 
@@ -84,17 +88,17 @@ class Runner:
         files.remove_parts(self.run_dir, files.ABANDONED)
 
     def _check(self, name: str, settings: Mapping[str, object]) -> None:
-        """Hold settings against those in a file of the folder, which is written where it is not there."""
+        """Compare settings with those in a file of the folder; write the file if it is missing."""
         distributed.by_main(lambda: check_settings(self.run_dir / name, settings))
 
     def _hold_to(self, name: str, net: nn.Module) -> None:
-        """Refuse a network that was given before with other weights, or as another one."""
+        """Refuse a given network that differs from the one given before."""
         said = {"class": type(net).__name__, "weights": fingerprint.weights(net.state_dict())}
         self._check(f"given_{name}.json", said)
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the lock of the whole folder."""
+        """Context that holds the lock of the whole folder."""
         distributed.by_main(self._lock.__enter__)
         try:
             yield
@@ -103,7 +107,7 @@ class Runner:
                 self._lock.__exit__()
 
     def _fill(self, net: nn.Module, path: Path) -> CheckpointError | None:
-        """Give a network the weights in a file; returns why they cannot be used."""
+        """Load the weights in a file into a network; return the error if they cannot be used."""
         error = None
         if distributed.is_main():
             try:
@@ -116,7 +120,7 @@ class Runner:
         return error
 
     def _finished(self, name: str) -> dict | None:
-        """Result of a stage, ``None`` where it is not finished."""
+        """Read the result of a stage; ``None`` if it is not finished."""
         path = f"{folder_name(name)}/result.json"
         return distributed.of_main(lambda: files.read_json(files.inside(self.run_dir, path)))
 
@@ -127,13 +131,13 @@ class Runner:
         prepare: Callable[[], object] = lambda: None,
         whole_folder: bool = True,
     ) -> dict:
-        """Result of a stage, run in its folder where it is not there yet.
+        """Return the result of a stage, and run the stage first if it is not finished.
 
         Args:
-            name: of the stage.
-            run: does the work; its time and memory are added to what it returns.
+            name: name of the stage.
+            run: runs the stage; time and memory are added to its result.
             prepare: called before, not measured.
-            whole_folder: hold the whole run folder meanwhile, so that no other stage runs in it.
+            whole_folder: lock the whole run folder meanwhile, so that no other stage runs in it.
         """
         result = self._finished(name)
         if result is not None:
@@ -143,7 +147,7 @@ class Runner:
             folder = self.run_dir / folder_name(name)
             distributed.by_main(lambda: self._describe(folder))
             log.info("%s of %s", name, self.run_dir)
-            # A stage's result must not depend on which others this process has run.
+            # The result must not depend on the stages that this process has run before.
             random_state.seed_everything(self.recipe.seed)
             with Cost(self.device) as cost:
                 result = run(folder)
@@ -164,7 +168,7 @@ class Runner:
             files.write_json(self.run_dir / ABOUT, about)
 
     def _fit(self, trainer: Trainer, epochs: int, batch: int) -> dict[str, float]:
-        """Train to the end and keep the weights; returns the median seconds of an epoch."""
+        """Train to the end and save the weights; return the median seconds of an epoch."""
         r = self.recipe
         own = distributed.share_batch("batch", batch)
         train, held = self.data.loaders(own, r.workers, seed=r.seed)

@@ -79,22 +79,24 @@ class Experiment(ABC):
 
     @functools.cached_property
     def data(self) -> ImageData | events.EventData:
-        """The data set with its validation part, loaded when it is first asked for."""
+        """The data set with its validation part, loaded at first use."""
         return self._limit(hold_out(distributed.main_first(self._load), self.validation_images))
 
     def run(self) -> dict[int, Mapping[str, Mapping[str, float]]]:
-        """All rows of all seeds; prints and writes the table after each seed.
+        """Run all rows of all seeds; print and write the table after each seed.
+
+        An interrupted run resumes, and finished rows are not run again.
 
         Returns:
-            Results by seed and row. A run that was cut off goes on, what is done is not done again.
+            Results by seed and row.
 
         Raises:
-            ValueError: the folder holds a run with other settings, or the device is not there.
+            ValueError: the folder holds a run with other settings, or the device does not exist.
         """
         self._check_device()
         if self.device == "cpu":
-            disable_malloc_trim()  # mapping memory anew for every large tensor takes longer than filling it
-        parts = {seed: self.part(seed) for seed in self.seeds}  # raises where the folder is another run's
+            disable_malloc_trim()  # mapping new memory for every large tensor takes longer than filling it
+        parts = {seed: self.part(seed) for seed in self.seeds}  # raises if the folder belongs to another run
         described = {"method": self.method} | config.plain(self)
         distributed.by_main(lambda: config.write(self.run_dir / FILE, described))
         results = {}
@@ -110,18 +112,18 @@ class Experiment(ABC):
         print(f"\n{self.title()}\n{text}")
 
     def student(self, seed: int, row: str) -> nn.Module:
-        """A row's trained student.
+        """Load the trained student of a row.
 
         Raises:
-            FileNotFoundError: that row is not finished; the message says which are.
-            ValueError: the device is not there.
+            FileNotFoundError: the row is not finished; the message lists the finished rows.
+            ValueError: the device does not exist.
         """
         self._check_device()
         self.must_be_finished(seed, row)
         return self.part(seed).student(row)
 
     def must_be_finished(self, seed: int, row: str) -> None:
-        """Raise :class:`FileNotFoundError` where there is no trained student of a row."""
+        """Raise :class:`FileNotFoundError` if a row has no trained student."""
         done = self.finished(seed)
         if row not in done:
             what = "keeps no network of" if self._row(row.replace(" ", "_")) is None else "has no finished"
@@ -170,7 +172,7 @@ class Experiment(ABC):
 
     @abstractmethod
     def _row(self, folder: str) -> str | None:
-        """The row whose folder has this name; ``None`` where there is no student in it."""
+        """Return the row whose folder has this name; ``None`` if the folder holds no student."""
 
     def _run_part(self, part: pipeline.Pipeline | reverse.ReversePipeline) -> Mapping:
         return part.run()
@@ -228,7 +230,7 @@ class LaSNN(Experiment):
         ):
             for name in given:
                 if name not in known:
-                    raise ValueError(f"{key}: there is no {name!r}{config.nearest(name, known)}")
+                    raise ValueError(f"{key}: unknown name {name!r}{config.nearest(name, known)}")
 
     @property
     def students(self) -> list[str]:
@@ -237,7 +239,7 @@ class LaSNN(Experiment):
     def part(self, seed: int) -> pipeline.Pipeline:
         path = self.teacher_checkpoint
         if path is not None and not path.is_file():
-            raise ValueError(f"teacher_checkpoint: there is no file {path}")
+            raise ValueError(f"teacher_checkpoint: {path} does not exist")
         teacher = None if path is None else models.published_resnet20(path)
         recipe = dataclasses.replace(self.recipe, seed=seed)
         folder = self.run_dir / f"seed{seed}"
@@ -292,10 +294,10 @@ class ReverseOnImages(_Reverse):
         T: time steps.
         source: "cifar100", "cifar10", "tiny-imagenet", "digits", or an .npz file.
         root: folder of the downloaded data set.
-        classes: the first so many classes, all if not given.
+        classes: number of classes, the first ones; all if not given.
         per_class: training images of each class, all if not given.
-        shrink: replace squares of so many pixels by their mean (VGG16 needs 32x32); 1 leaves images as they
-            are.
+        shrink: replace squares with this side, in pixels, by their mean (VGG16 needs 32x32
+            images); 1 for none.
     """
 
     method: ClassVar[str] = "reverse"
@@ -375,20 +377,20 @@ class ReverseOnEvents(_Reverse):
 
 
 def methods() -> dict[str, type[Experiment]]:
-    """Kinds of runs by the ``method`` of a YAML file."""
+    """Return the kinds of runs by the ``method`` of a YAML file."""
     from .compare import Comparison
 
     return {kind.method: kind for kind in (LaSNN, ReverseOnImages, ReverseOnEvents, Comparison)}
 
 
 def hold_out(loaded: ImageData | events.EventData, held_out: int | None) -> ImageData | events.EventData:
-    """A data set with so many validation samples, a tenth of the training samples for ``None``."""
+    """Hold out validation samples of a data set, a tenth of the training samples for ``None``."""
     held_out = len(loaded.train) // 10 if held_out is None else held_out
     return loaded.split(held_out) if held_out else loaded
 
 
 def read(path: str | Path) -> Experiment:
-    """The run that a YAML file describes; ``method`` says which of :func:`methods` it is.
+    """Read the run that a YAML file describes; ``method`` is one of :func:`methods`.
 
     Args:
         path: the file, or the name of one of the package's configurations.
@@ -403,16 +405,16 @@ def read(path: str | Path) -> Experiment:
     method = mapping.pop("method", None)
     known = methods()
     if method not in known:
-        given = "no method" if method is None else f"method {method!r}, which there is not"
-        raise config.ConfigError(f"{path}: has {given}{config.nearest(str(method), list(known))}")
+        given = "no method" if method is None else f"unknown method {method!r}"
+        raise config.ConfigError(f"{path}: {given}{config.nearest(str(method), list(known))}")
     return config.build(known[method], mapping, str(path))
 
 
 def open_folder(run_dir: str | Path) -> tuple[Experiment, list[int]]:
-    """The run that was started in a folder, and the seeds that have a folder there.
+    """Read the run of a folder, and the seeds that have a folder in it.
 
     Raises:
-        ConfigError: no run was started there.
+        ConfigError: the folder holds no run.
     """
     folder = Path(run_dir)
     if not (folder / FILE).is_file():

@@ -1,4 +1,4 @@
-"""Several processes that train one network: who this one is, and the few things they tell each other.
+"""Several processes that train one network: ranks and collective operations.
 
 ``torchrun`` starts the processes; everything here also works alone, where it does nothing.
 """
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def initialise(device: torch.device) -> torch.device:
-    """Join the processes that ``torchrun`` started, if it did; NCCL on CUDA, gloo elsewhere.
+    """Join the process group if ``torchrun`` started this process; NCCL on CUDA, gloo elsewhere.
 
     Args:
         device: where this process is to train.
@@ -64,29 +64,29 @@ def _leave() -> None:
 
 
 def rank() -> int:
-    """Number of this process, 0 if it is alone."""
+    """Return the rank of this process, 0 if it is the only one."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _together() else 1
 
 
 def is_main() -> bool:
-    """Return whether this is the process that writes."""
+    """Return whether this process has rank 0, which writes files."""
     return rank() == 0
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum of every process' ``values``, in place."""
+    """Sum ``values`` over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_of(flags: list[bool], device: torch.device) -> list[bool]:
-    """For each flag, whether any process raised it."""
+    """Return for each flag whether any process set it."""
     if world_size() == 1:
         return flags
     raised = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -95,7 +95,7 @@ def any_of(flags: list[bool], device: torch.device) -> list[bool]:
 
 
 def least(value: int, device: torch.device) -> int:
-    """The smallest of every process' ``value``."""
+    """Return the smallest ``value`` of all processes."""
     if world_size() == 1:
         return value
     smallest = torch.tensor(value, dtype=torch.int64, device=device)
@@ -104,12 +104,12 @@ def least(value: int, device: torch.device) -> int:
 
 
 def all_of(flag: bool, device: torch.device) -> bool:
-    """Return whether every process raised the flag."""
+    """Return whether every process set the flag."""
     return not any_of([not flag], device)[0]
 
 
 def from_main(value: object) -> object:
-    """Return the object of process 0."""
+    """Return the object of rank 0."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
@@ -117,7 +117,7 @@ def from_main(value: object) -> object:
 
 
 def by_main(call: Callable[[], None]) -> None:
-    """Let process 0 do something; where it fails, all do.
+    """Call a function on rank 0; if it fails, all processes raise.
 
     Raises:
         Exception: what ``call`` raised, in process 0.
@@ -172,13 +172,13 @@ def take_network_from_main(net: nn.Module) -> None:
 
 
 def take_from_main(tensor: Tensor) -> None:
-    """Fill a tensor, in place, with what process 0 has in it."""
+    """Copy a tensor from rank 0, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
 
 
 def of_all(value: object) -> list:
-    """Every process' value, in order of rank."""
+    """Return the values of all processes in order of rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

@@ -1,4 +1,4 @@
-"""A lock on a folder: one writer at a time, on one machine or on a file system that several share."""
+"""Lock on a folder: one writer at a time, on one machine or on a shared file system."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .files import named
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
-BEAT = 15.0  # seconds between signs of life
-STALE = 120.0  # seconds without one; above the minute for which NFS may show an old time of change
+BEAT = 15.0  # seconds between updates of the lock's modification time
+STALE = 120.0  # seconds without a sign of life; NFS may show an old modification time for a minute
 CUT = 5.0  # seconds in which a lock that is there has its content
 
 
 class LockError(RuntimeError):
-    """A folder that another process writes to; the message says which, and since when."""
+    """Another process writes to the folder; the message names the process and its start."""
 
 
 class FolderLock:
-    """Hold a folder for writing, inside ``with FolderLock(folder)``; reading needs no lock.
+    """Lock a folder for writing within ``with FolderLock(folder)``; reading needs no lock.
 
-    One object may be entered again while it is held.
+    The context may be entered again while the lock is held.
 
-    The lock is the file ``run.lock``, made with ``O_EXCL`` (atomic on NFS too). It names host, process and
-    start, and its time of change is renewed every 15 seconds. A lock is stale when its process is gone or,
-    on another machine, gave no sign of life for two minutes, which is waited for; a stale lock is taken
-    over with a warning.
+    The lock is the file ``run.lock``, created with ``O_EXCL`` (atomic on NFS too). It names host, process and
+    start time, and its modification time is updated every 15 seconds. A lock is stale if its process has
+    ended or, on another machine, has not updated the file for two minutes, for which the caller waits. A
+    stale lock is replaced, with a warning.
 
     Args:
         folder: an existing folder.
@@ -65,14 +65,14 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise :class:`LockError` if the folder is not held any more, as after a long suspension."""
+        """Raise :class:`LockError` if the lock is no longer held, for example after a long suspension."""
         if self._own is None:
             return
         there = _read(self.path)
         if there is None or there.get("token") != self._own["token"]:
-            who = "nobody" if there is None else f"process {there.get('pid')} on {there.get('host')}"
+            who = "no process" if there is None else f"process {there.get('pid')} on {there.get('host')}"
             raise LockError(
-                f"the lock {self.path} of this process is gone, {who} has it now; nothing is written there"
+                f"this process no longer holds the lock {self.path}, {who} does; nothing is written there"
             )
 
     def _acquire(self) -> None:
@@ -100,7 +100,7 @@ class FolderLock:
                 )
             if self._remove(owner):
                 log.warning(
-                    "%s was in use by %s, which is gone; its lock is taken over", self.path.parent, who
+                    "%s was in use by %s, which has ended; its lock is replaced", self.path.parent, who
                 )
         self._own = own
         self._ended = threading.Event()
@@ -111,7 +111,7 @@ class FolderLock:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
-                raise LockError(f"{self.path} is no file, as a lock would be; remove it") from None
+                raise LockError(f"{self.path} is not a regular file, as a lock is; remove it") from None
             return False
         try:
             with named(self.path), open(descriptor, "w") as file:
@@ -124,12 +124,12 @@ class FolderLock:
         return True
 
     def _is_stale(self, owner: Mapping[str, object], who: str) -> bool | None:
-        """Return whether the holder is gone; ``None`` where the lock itself changed hands meanwhile."""
+        """Return whether the holder has ended; ``None`` if the lock has a new holder meanwhile."""
         if {name: owner.get(name) for name in _place()} == _place() and isinstance(owner.get("pid"), int):
             return not alive(owner["pid"], owner.get("started"))
         patience = STALE if "token" in owner else CUT
         log.warning(
-            "%s is in use by %s; waiting for a sign of life, %g s at most", self.path.parent, who, patience
+            "%s is in use by %s; waiting at most %g s for its update", self.path.parent, who, patience
         )
         first, end = owner["beat"], time.monotonic() + patience
         while time.monotonic() < end:
@@ -142,17 +142,17 @@ class FolderLock:
         return True
 
     def _remove(self, owner: Mapping[str, object]) -> bool:
-        """Take a stale lock away; of several that try, one renames it."""
+        """Remove a stale lock; of several processes that try, only one can rename it."""
         aside = self.path.with_name(f".{NAME}.{uuid.uuid4().hex}.part")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return False
         mine = (_read(aside) or {}).get("token") == owner.get("token")
-        if not mine:  # somebody was quicker, and this is that one's new lock
+        if not mine:  # the new lock of a process that was faster
             try:
                 os.link(aside, self.path)
-            except OSError:  # a third has it; the second finds out by check()
+            except OSError:  # a third process holds it; check() reports this to the second
                 pass
         aside.unlink(missing_ok=True)
         return mine
@@ -161,12 +161,12 @@ class FolderLock:
         while not ended.wait(BEAT):
             try:
                 os.utime(self.path)
-            except OSError:  # gone: check() says so
+            except OSError:  # removed: check() reports it
                 pass
 
 
 def _read(path: Path) -> dict[str, object] | None:
-    """Read a lock's content, with its time of change as ``beat``; ``None`` where there is none."""
+    """Read a lock's content, with its modification time as ``beat``; ``None`` if there is no lock."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             beat, said = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
@@ -174,7 +174,7 @@ def _read(path: Path) -> dict[str, object] | None:
         return None
     try:
         owner = json.loads(said)
-    except ValueError:  # cut off as it was written
+    except ValueError:  # incomplete
         owner = None
     return (owner if isinstance(owner, dict) else {}) | {"beat": beat}
 
@@ -214,7 +214,7 @@ def alive(pid: int, since: object) -> bool:
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; ``None`` where nobody says, ``"ended"`` of a zombie."""
+    """Return a process' start time in kernel ticks; ``None`` if unknown, ``"ended"`` for a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

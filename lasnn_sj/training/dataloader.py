@@ -1,4 +1,4 @@
-"""A loader's batches, in an order that can be left and taken up again, alone or shared by processes."""
+"""Batches of a training loader: resumable order, and shares for several processes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TrainingBatches:
         self.loader, self._order, self._source = loader, None, loader
         self.even = _can_be_rebuilt(loader) or distributed.world_size() == 1
         if _can_be_rebuilt(loader):
-            self._order = _Order(loader)
+            self._order = ResumableBatchSampler(loader)
             self._source = _rebuilt(loader, self._order)
         elif distributed.world_size() > 1:
             log.warning(
@@ -71,19 +71,19 @@ class TrainingBatches:
             )
 
     def __len__(self) -> int:
-        """Batches of an epoch; 0 where nobody knows."""
+        """Return the number of batches of an epoch, 0 if it is unknown."""
         try:
             return len(self._source)
         except TypeError:  # a loader of a stream has a __len__ that raises
             return 0
 
     def epoch(self, number: int, start: int, arrive: Callable[[], None]) -> Iterator[Batch]:
-        """Batches of an epoch from position ``start`` on.
+        """Iterate over the batches of an epoch from position ``start`` on.
 
         Args:
-            number: of the epoch, from 1 on.
-            start: batches to leave out.
-            arrive: called once they are behind, before anything of the next batch is made.
+            number: number of the epoch, starting at 1.
+            start: number of batches to skip.
+            arrive: called after the skipped batches, before the next batch is loaded.
         """
         for part in parts_of(self.loader):
             if hasattr(part, "set_epoch"):
@@ -108,8 +108,8 @@ class TrainingBatches:
                 yield Batch(content, position, indices, weight)
 
 
-class _Order:
-    """Batch sampler: a loader's own batches of indices, or this process' share, from a position on."""
+class ResumableBatchSampler:
+    """Batch sampler that yields a loader's batches of indices, or this process' share, from any position."""
 
     def __init__(self, loader: DataLoader) -> None:
         self._loader, self._skip = loader, 0
@@ -117,7 +117,7 @@ class _Order:
         self.given: deque[list[int]] = deque()
 
     def skip(self, count: int, arrive: Callable[[], None]) -> None:
-        """Begin the next epoch behind ``count`` batches."""
+        """Skip the first ``count`` batches of the next epoch."""
         self._skip, self._arrive = count, arrive if count else None
 
     def __len__(self) -> int:
@@ -166,7 +166,7 @@ class _Order:
 
 
 def parts_of(*loaders: Iterable | None) -> list[object]:
-    """Loaders, their samplers, batch samplers, the samplers in those, and data sets."""
+    """Return the loaders, their samplers, batch samplers, the samplers of these, and the data sets."""
     parts: list[object] = list(loaders)
     for name in ("sampler", "batch_sampler", "dataset"):
         parts += [getattr(loader, name, None) for loader in loaders]
@@ -179,11 +179,12 @@ def _is_shared(loader: DataLoader) -> bool:
 
 
 def evaluation_share(loader: Iterable) -> Iterable:
-    """This process' share of an evaluation loader: together all processes see each sample once.
+    """Return this process' share of an evaluation loader; each sample is evaluated by one process.
 
-    Samples in turn of a plain :class:`~torch.utils.data.DataLoader` (what a ``DistributedSampler`` makes up
-    is left out), batches in turn of anything else. Another ``DataLoader`` draws its order from process 0's
-    random state in every process; any other loader must give all processes the same batches.
+    Processes take the samples of a plain :class:`~torch.utils.data.DataLoader` in turn (without the padding
+    of a ``DistributedSampler``), and the batches of any other loader. Every process draws the order of
+    another ``DataLoader`` from the random state of process 0; other loaders must give all processes the
+    same batches.
     """
     rank, processes = distributed.rank(), distributed.world_size()
     if processes == 1:
@@ -222,7 +223,7 @@ def _can_be_rebuilt(loader: Iterable) -> bool:
 
 
 def _rebuilt(loader: DataLoader, batch_sampler: object) -> DataLoader:
-    """The same loader with another order."""
+    """Return the same loader with another batch sampler."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batch_sampler,
