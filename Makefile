@@ -10,7 +10,7 @@ quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Kills and errors at every call that changes a file, 100,000 hostile files, 2,000 steps on end: 40 minutes.
 soak: $(READY)
