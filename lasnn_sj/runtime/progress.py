@@ -13,6 +13,11 @@ with warnings.catch_warnings():
     from tqdm.auto import tqdm
 
 
+def in_notebook() -> bool:
+    """Return whether output goes to a notebook, which shows progress bars although it is not a terminal."""
+    return "ipykernel.zmqshell" in sys.modules
+
+
 def progress_bar(iterable: Iterable | None = None, *, quiet: bool = False, **settings: object) -> tqdm:
     """Create a progress bar that shows on terminals and in notebooks, and not in log files.
 
@@ -21,7 +26,7 @@ def progress_bar(iterable: Iterable | None = None, *, quiet: bool = False, **set
         quiet: never show the bar.
         **settings: further arguments of :class:`tqdm.tqdm`.
     """
-    if "ipykernel.zmqshell" in sys.modules:  # shows bars, although its output is not a terminal
+    if in_notebook():
         settings |= {"file": sys.stdout, "disable": quiet}
     else:
         settings |= {"dynamic_ncols": True, "disable": quiet or None}

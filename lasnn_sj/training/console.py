@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..runtime.progress import in_notebook
+
 LOGGER = logging.getLogger(__package__.partition(".")[0])
 
 
@@ -23,10 +25,14 @@ def lines_shown() -> Iterator[None]:
     """Context that writes this package's log lines to the console unless the program has set up logging.
 
     Where it has, its own handlers write them; those that write to the console do so above the progress bar.
+    A notebook shows the progress bar alone, and warnings.
     """
     if LOGGER.hasHandlers():
         with logging_redirect_tqdm():
             yield
+        return
+    if in_notebook():
+        yield
         return
     handler, level = _Lines(), LOGGER.level
     LOGGER.addHandler(handler)

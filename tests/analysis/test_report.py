@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tracemalloc
 import zipfile
 from html.parser import HTMLParser
@@ -258,7 +259,7 @@ def test_configuration_and_where_it_was_run(page):
     where = page.table("Versions, hardware, seed and command line")
     assert where["versions.torch"]["LaSNN"] in torch.__version__
     assert where["seed"]["LaSNN"] == "5"
-    assert "pytest" in where["command"]["LaSNN"]
+    assert where["command"]["LaSNN"] == " ".join(sys.argv)
 
 
 def test_seeds_are_averaged_and_other_recipes_compared(tmp_path, inspected, undrawn):
