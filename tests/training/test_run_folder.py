@@ -235,9 +235,9 @@ def test_a_finished_run_says_that_nothing_was_trained(tmp_path, caplog):
 
 def test_a_fingerprint_of_50_mb_takes_well_under_a_second():
     net = nn.Linear(3600, 3600)
-    start = time.perf_counter()
+    start = time.process_time()
     one = fingerprint.network(net)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     net.weight.data[1234, 567] += 1e-6
     assert fingerprint.network(net)["weights"] != one["weights"]
 
