@@ -6,8 +6,8 @@
 
 Counted: gradient bytes, multiply-accumulates and neurons of VGG5 and ResNet18 at full width. Measured here: a
 gloo all-reduce of such gradients with 2 and 4 processes, and the share of communication in a step of small
-networks: steps of processes that train each for itself, against the same processes together. Modelled: the
-efficiency at 8 and 64 GPUs, with data-sheet bandwidths. Writes ``results/scaling.md``.
+networks: the processes make a step each for itself and one together, in turns. Modelled: the efficiency at 8
+and 64 GPUs, with data-sheet bandwidths. Writes ``results/scaling.md``.
 
 The step time on a GPU is a floor unless ``--step-ms`` is given: the longer of the arithmetic at the data
 sheet's float32 rate and the neurons' memory traffic at its memory bandwidth. A real step takes longer, and so
@@ -145,33 +145,39 @@ def worker(width: float, batch: int, runs: int) -> None:
     torch.set_num_threads(1)
     found = {}
     trainers = [(name, T, network) for name, network in NETWORKS.items() for T in (4, 16)]
-    size = {"VGG5": 32, "ResNet18": 32}
-
-    def median(call, times: int = runs) -> float:
-        call()
-        seconds = []
-        for _ in range(times):
-            begun = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds)
 
     def step_of(name: str, T: int, network: str):
-        net = build(network, width, size[name])
-        trainer = LaSNNTrainer(net, attention=None, encoder=DirectEncoder(T), seed=0)
-        images, labels = torch.rand(batch, 3, size[name], size[name]) * 2 - 1, torch.arange(batch) % 10
+        trainer = LaSNNTrainer(build(network, width), attention=None, encoder=DirectEncoder(T), seed=0)
+        images, labels = torch.rand(batch, 3, 32, 32) * 2 - 1, torch.arange(batch) % 10
+        trainer.train_step(images, labels)
         return lambda: trainer.train_step(images, labels)
 
-    alone = {(name, T): median(step_of(name, T, network)) for name, T, network in trainers}
-    distributed.initialise(torch.device("cpu"))
-    for name, T, network in trainers:
+    def seconds(call) -> float:
+        """From a barrier until all processes have ended the call."""
         dist.barrier()
-        together = median(step_of(name, T, network))
-        found[f"step of {name}, T = {T}"] = [alone[name, T], together]
+        begun = time.perf_counter()
+        call()
+        dist.barrier()
+        return time.perf_counter() - begun
+
+    distributed.initialise(torch.device("cpu"))
+    joined = distributed._together
+    for name, T, network in trainers:
+        distributed._together = lambda: False
+        own = step_of(name, T, network)
+        distributed._together = joined
+        shared, pairs = step_of(name, T, network), []
+        for _ in range(runs):  # in turns: both see the same load
+            distributed._together = lambda: False
+            first = seconds(own)
+            distributed._together = joined
+            pairs.append((first, seconds(shared)))
+        share = statistics.median(1 - one / two for one, two in pairs)
+        found[f"step of {name}, T = {T}"] = [*(statistics.median(p) for p in zip(*pairs, strict=True)), share]
     for name, network in NETWORKS.items():
         gradient = torch.zeros(count(network).gradient_bytes // 4)
-        dist.barrier()
-        found[f"all-reduce {name}"] = [gradient.numel() * 4, median(lambda g=gradient: dist.all_reduce(g))]
+        times = [seconds(lambda g=gradient: dist.all_reduce(g)) for _ in range(6)][1:]
+        found[f"all-reduce {name}"] = [gradient.numel() * 4, statistics.median(times), None]
     if dist.get_rank() == 0:
         print(json.dumps(found))
 
@@ -210,9 +216,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images of a GPU's step, in the model")
     parser.add_argument("--step-ms", type=float, help="measured time of such a step on one GPU")
     parser.add_argument("--no-measure", action="store_true")
-    parser.add_argument("--width", type=float, default=0.125, help="of the networks whose steps are measured")
-    parser.add_argument("--batch-here", type=int, default=4, help="images of a process' step here")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--width", type=float, default=0.25, help="of the networks whose steps are measured")
+    parser.add_argument("--batch-here", type=int, default=16, help="images of a process' step here")
+    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
@@ -222,7 +228,7 @@ def main() -> None:
     if not a.no_measure:
         rows = []
         for processes in (2, 4):
-            for what, (one, two) in measure(processes, a.width, a.batch_here, a.runs).items():
+            for what, (one, two, share) in measure(processes, a.width, a.batch_here, a.runs).items():
                 row = {
                     "processes": processes,
                     "what": what,
@@ -234,7 +240,7 @@ def main() -> None:
                     row["communication"] = f"{one / two / 1e9:.2f} GB/s"
                 else:
                     row["each for itself, ms"] = 1000 * one
-                    row["communication"] = f"{100 * (1 - one / two):.0f} % of the step"
+                    row["communication"] = f"{100 * share:.0f} % of the step"
                 rows.append(row)
         head = f"Measured, gloo, width {a.width:g}, {a.batch_here} images a process, medians of {a.runs}:"
         text.append(f"{head}\n\n{table(rows)}")
