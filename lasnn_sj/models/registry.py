@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,9 +27,15 @@ def builder(build: Callable[P, Net]) -> Callable[P, Net]:
 
     @functools.wraps(build)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> Net:
-        net = build(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        for name in ("num_classes", "in_channels"):
+            count = bound.arguments.get(name, 1)
+            if not isinstance(count, numbers.Integral) or count < 1:
+                raise ValueError(
+                    f"{build.__name__}: {name} must be a whole number, at least 1; got {count!r}"
+                )
+        net = build(*args, **kwargs)
         net.architecture = {"name": build.__name__, "arguments": dict(bound.arguments)}
         return net
 
@@ -77,7 +84,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
         arguments: the model's own, ``num_classes`` at least.
 
     Raises:
-        ValueError: an unknown name; the message lists similar ones.
+        ValueError: an unknown name; the message lists similar ones. Or an argument out of range.
         TypeError: an argument that the model does not take, or one missing; the message lists those it takes.
     """
     if name not in _BUILDERS:

@@ -278,8 +278,8 @@ def test_seeds_are_averaged_and_other_recipes_compared(tmp_path, inspected, undr
     make_run(tmp_path / "table" / "other", inspected, 0, 1.0, alpha=0.5)
     page = Page(report([tmp_path / "table" / "seed0", tmp_path / "table" / "other"], tmp_path / "two.html"))
     table = page.table("Results on the test data")
-    assert table["LaSNN, seed0"]["accuracy, %"] == "68.75"
-    assert table["LaSNN, other"]["accuracy, %"] == "69.75"
+    assert table["LaSNN (seed0)"]["accuracy, %"] == "68.75"
+    assert table["LaSNN (other)"]["accuracy, %"] == "69.75"
     assert page.table("Recipe")["alpha ≠"] == {"seed0": "0.9", "other": "0.5"}
     assert (tmp_path / "two_pictures" / "accuracy.png").exists()
 
@@ -317,7 +317,7 @@ def test_runs_of_every_kind_in_one_folder_are_all_shown(tmp_path, undrawn):
     page = Page(report(tmp_path))
     found = {name: row["accuracy, %"] for name, row in page.table("Results on the test data").items()}
     assert found == {
-        f"plain, {tmp_path.name}": "50.00", "LaSNN, stages": "60.00", "student alone, seeds": "70.00",
+        f"plain ({tmp_path.name})": "50.00", "LaSNN (stages)": "60.00", "student alone (seeds)": "70.00",
     }  # fmt: skip
     assert "method: reverse" in page.text
 
@@ -328,7 +328,7 @@ def test_trainings_with_other_settings_are_not_taken_for_seeds(tmp_path, undrawn
         write(tmp_path / name / "lasnn" / "result.json", {"top1": top1})
     table = Page(report(tmp_path)).table("Results on the test data")
     assert {name: row["accuracy, %"] for name, row in table.items()} == {
-        "LaSNN, a": "40.00", "LaSNN, b, c": "61.00 ± 1.41",
+        "LaSNN (a)": "40.00", "LaSNN (b, c)": "61.00 ± 1.41",
     }  # fmt: skip
 
 
@@ -404,7 +404,7 @@ def test_the_verdict_of_what_is_not_finished(tmp_path, undrawn):
     ]
 
 
-@pytest.mark.parametrize(("seeds", "rows"), [((0, 0), ["LaSNN, a", "LaSNN, b"]), ((0, 1), ["LaSNN"])])
+@pytest.mark.parametrize(("seeds", "rows"), [((0, 0), ["LaSNN (a)", "LaSNN (b)"]), ((0, 1), ["LaSNN"])])
 def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path, undrawn, seeds, rows):
     for name, seed in zip("ab", seeds):
         write(tmp_path / name / "recipe.json", {"seed": seed})

@@ -63,6 +63,17 @@ def test_an_unknown_name_is_answered_with_similar_ones(name, near):
         models.create(name, num_classes=10)
 
 
+@pytest.mark.parametrize("name", ["vgg5", "spiking_vgg9", "teacher_resnet20"])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("num_classes", 0), ("num_classes", 2.5), ("in_channels", -1)]
+)
+def test_a_number_of_classes_or_channels_below_one_is_refused(name, argument, value):
+    with pytest.raises(
+        ValueError, match=rf"{name}: {argument} must be a whole number, at least 1; got {value}"
+    ):
+        models.create(name, **{"num_classes": 10, argument: value})
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({}, "missing a required argument: 'num_classes'"),
     ({"num_classes": 10, "depth": 5}, "unexpected keyword argument 'depth'; it takes num_classes"),

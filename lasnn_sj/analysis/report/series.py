@@ -69,7 +69,7 @@ def series_of(runs: Sequence[Run]) -> list[Series]:
         for run in members:
             for part in run.parts:
                 alone = len(recipes) == 1 or part.path == run.path
-                label = part.title if alone else f"{part.title}, {names[variant]}"
+                label = part.title if alone else f"{part.title} ({names[variant]})"
                 series = found.setdefault((part.kind, variant), Series(label, part.kind, []))
                 series.parts.append((run, part))
     longest = [part.kind for part in max(runs, key=lambda run: len(run.parts)).parts]
