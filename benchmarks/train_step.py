@@ -164,7 +164,12 @@ def our_step(case: Case) -> Callable[[], object]:
         attention="gradient" if case.side == GRADIENT else "activation", device=case.device, **options,
     )  # fmt: skip
     x, y = images(case)
-    return lambda: trainer.train_step(x, y)
+
+    def step() -> None:
+        trainer.train_step(x, y)
+
+    step.student = student
+    return step
 
 
 def keep_memory() -> None:

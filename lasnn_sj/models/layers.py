@@ -9,7 +9,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from ..neurons import IntegratorNode, LIFNode, TimeLoopNode
+from ..neurons import IntegratorNode, LIFNode, Linear, TimeLoopNode
 
 
 class Conv2d(layer.Conv2d):
@@ -100,13 +100,13 @@ class LayerFactory:
         nn.init.normal_(conv.weight, 0.0, math.sqrt(2 / (kernel * kernel * c_out)))
         return conv
 
-    def linear(self, n_in: int, n_out: int, full_in: int) -> layer.Linear:
+    def linear(self, n_in: int, n_out: int, full_in: int) -> Linear:
         """Return a linear layer without bias, from N(0, 0.01) at full width.
 
         A layer with fewer inputs than the paper's ``full_in`` draws from a wider distribution, so that its
         output is as large as at full width; at 0.01 the signal of a narrow network dies out.
         """
-        linear = layer.Linear(n_in, n_out, bias=False, step_mode=self.step_mode)
+        linear = Linear(n_in, n_out, bias=False, step_mode=self.step_mode)
         nn.init.normal_(linear.weight, 0.0, 0.01 * math.sqrt(full_in / n_in))
         return linear
 

@@ -5,6 +5,7 @@ This package imports nothing from the rest of ``lasnn_sj`` and can be used alone
 
 from .accelerate import AccelerationReport, accelerate, acceleration_report
 from .backends import BackendChoice, backend, use_backend
+from .linear import Linear
 from .memory import disable_malloc_trim
 from .nodes import IFNode, IntegratorNode, LIFNode, TimeLoopNode
 from .surrogate import LinearSurrogate
@@ -15,6 +16,7 @@ __all__ = [
     "IFNode",
     "IntegratorNode",
     "LIFNode",
+    "Linear",
     "LinearSurrogate",
     "TimeLoopNode",
     "accelerate",

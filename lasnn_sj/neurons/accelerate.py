@@ -1,14 +1,15 @@
-"""Run SpikingJelly's own IF and LIF neurons of an existing network on this package's time loop."""
+"""Run SpikingJelly's own IF and LIF neurons and linear layers on this package's kernels."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 from .dynamics import Dynamics
+from .linear import Linear
 from .nodes import TimeLoopNode
 from .surrogate import LinearSurrogate, kernel_form
 
@@ -67,10 +68,14 @@ ACCELERATED = {neuron.IFNode: AcceleratedIFNode, neuron.LIFNode: AcceleratedLIFN
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """Names of the neurons that run on the time loop, and of the others with the reason for each."""
+    """Names of the neurons that run on the time loop, and of the others with the reason for each.
+
+    ``linear`` names the linear layers that leave out zeros, see :class:`~lasnn_sj.neurons.Linear`.
+    """
 
     accelerated: tuple[str, ...]
     left_alone: dict[str, str]
+    linear: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.accelerated)} neurons accelerated, {len(self.left_alone)} left alone"]
@@ -80,7 +85,9 @@ class AccelerationReport:
 def accelerate(model: nn.Module) -> nn.Module:
     """Make SpikingJelly's stock ``IFNode`` and ``LIFNode`` run on the time loop, in place.
 
-    Only the class of the node objects changes; hooks, state, step mode, training mode and references to them
+    On the CPU, its ``Linear`` layers leave out zeros where most spikes or gradients are zero.
+
+    Only the class of the objects changes; hooks, state, step mode, training mode and references to them
     stay. Spikes agree to rounding of the potential, gradients to 1/255 of the surrogate's peak. The state is
     float32 for half-precision inputs too. Neurons that are left alone are logged with the reason; see
     :func:`acceleration_report`.
@@ -95,6 +102,8 @@ def accelerate(model: nn.Module) -> nn.Module:
         if type(module) in ACCELERATED and _why_not(module) is None:
             module.record, module.recorded, module.through_trace = (), {}, False
             module.__class__ = ACCELERATED[type(module)]
+        elif type(module) is layer.Linear:
+            module.__class__ = Linear
     report = acceleration_report(model)
     _log.log(logging.WARNING if report.left_alone else logging.INFO, "%s", report)
     return model
@@ -114,6 +123,7 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
             for name, module in neurons.items()
             if not isinstance(module, TimeLoopNode)
         },
+        tuple(name for name, module in model.named_modules() if isinstance(module, Linear)),
     )
 
 

@@ -70,16 +70,17 @@ _TO_DO = "n piece scratch scratch_size block T "
 NEXT, SEATS, BAD = range(3)
 
 
-def _record(integers: str, numbers: str) -> np.dtype:
+def record(integers: str, numbers: str = "") -> np.dtype:
+    """Return the layout of a task: names of its integers and of its float32 numbers."""
     fields = [(name, "i8") for name in integers.split()] + [(name, "f4") for name in numbers.split()]
     return np.dtype(fields, align=True)
 
 
-FORWARD = _record(
+FORWARD = record(
     _COUNTERS + _TO_DO + "x v mask spikes v_T rate amap slope fired x_step",
     "leak gain offset theta v_reset scale",
 )
-BACKWARD = _record(
+BACKWARD = record(
     _COUNTERS + _TO_DO + "g_spikes g_v g_rate g_map fired slope v0 mask slope_of away_of g_x g_v0 g_step "
     "through_trace",
     "leak gain theta peak back scale",

@@ -28,6 +28,7 @@ LINE = 64  # bytes of a cache line
 FLOATS, BYTES = types.CPointer(types.float32), types.CPointer(types.uint8)
 HALVES, BFLOATS = types.CPointer(types.int16), types.CPointer(types.uint16)
 INTS, BITS = types.CPointer(types.int64), types.CPointer(types.int16)
+SHORT_INTS = types.CPointer(types.int32)
 KINDS = (FLOATS, HALVES, BFLOATS)  # how x, spikes and their gradients may be stored
 
 _BIT, _I8, _I16, _I32, _I64 = map(ir.IntType, (1, 8, 16, 32, 64))
@@ -107,6 +108,49 @@ def select(typing, condition, a, b):
     return LANES(CONDITIONS, LANES, LANES), lambda context, builder, _, given: builder.select(*given)
 
 
+@intrinsic
+def spread(typing, value):
+    """Return sixteen copies of a number."""
+
+    def build(context, builder, _, given):
+        return _broadcast(context, builder, types.float32, LANES, given[0])
+
+    return LANES(types.float32), build
+
+
+@intrinsic
+def fused(typing, a, b, c):
+    """Return ``a * b + c``, rounded once."""
+
+    def build(context, builder, _, given):
+        kind = ir.FunctionType(_FLOAT_LANES, [_FLOAT_LANES] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), given)
+
+    return LANES(LANES, LANES, LANES), build
+
+
+@intrinsic
+def mask_of(typing, conditions):
+    """Return sixteen conditions as the bits of a number."""
+
+    def build(context, builder, _, given):
+        return builder.zext(builder.bitcast(given[0], _I16), _I64)
+
+    return types.int64(CONDITIONS), build
+
+
+@intrinsic
+def ones(typing, mask):
+    """Return how many bits of a number are set."""
+    return types.int64(types.int64), lambda context, builder, _, given: builder.ctpop(given[0])
+
+
+@intrinsic
+def lowest(typing, mask):
+    """Return the place of the lowest bit of a number that is not 0."""
+    return types.int64(types.int64), lambda context, builder, _, given: builder.cttz(given[0], _BIT(1))
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
@@ -127,7 +171,8 @@ def _pointer_to(kind: types.CPointer) -> Callable:
     return pointer
 
 
-floats, bytes_, ints, bits = map(_pointer_to, (FLOATS, BYTES, INTS, BITS))  # from an address
+# from an address
+floats, bytes_, ints, short_ints, bits = map(_pointer_to, (FLOATS, BYTES, INTS, SHORT_INTS, BITS))
 
 
 @intrinsic(prefer_literal=True)

@@ -1,0 +1,124 @@
+"""Linear layers behind spiking neurons, whose cost on the CPU follows the spikes.
+
+:class:`Linear` runs the operation ``lasnn_sj::linear``. For each of its three products, forward and
+backward, it measures how many spikes or values of the gradient are zero, and leaves zeros out if most are.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding
+import torch
+from spikingjelly.activation_based import layer
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .op import _operation
+from .sparse import nonzero_density, sparse_product
+
+# The sparse product of a matrix of this density takes at most 0.8 of the dense one's time, if the result is
+# large: the dense matrix is copied in tiles, which takes as long as the product for COPYING rows, and the
+# nonzero values are listed, which takes long where the result has fewer columns than COLUMNS.
+DENSEST, COPYING, COLUMNS = 0.35, 24, 256
+TRANSPOSING = 0.1  # density for which the sparse product takes as long as transposing a weight gradient
+SMALLEST = 1 << 24  # multiplications; the calls themselves take a large part of less
+# MKL, which PyTorch calls, runs at half the speed of oneDNN on AMD's processors.
+_ONEDNN = llvmlite.binding.get_host_cpu_name().startswith("znver") and torch.backends.mkldnn.is_available()
+
+
+def dense_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a @ b`` by the library that is faster on this processor."""
+    if not (_ONEDNN and torch.backends.mkldnn.enabled):
+        return a @ b
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+def pays(a: Tensor, b: Tensor, density: float) -> bool:
+    """Return whether ``a @ b`` is faster without the zeros of ``a``, which has this density."""
+    return density < DENSEST - COPYING / len(a) and b.shape[1] >= COLUMNS
+
+
+def _product(a: Tensor, b: Tensor, density: float) -> Tensor:
+    result = sparse_product(a, b) if pays(a, b, density) else None
+    return dense_product(a, b) if result is None else result
+
+
+@_operation("linear")
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` for ``x [M, K]`` and ``weight [N, K]``, float32 on the CPU."""
+    x = x.contiguous()
+    return _product(x, weight.t(), nonzero_density(x))
+
+
+@_linear.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
+@_operation("linear_backward")
+def _linear_backward(
+    g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``x`` and ``weight``; empty if not needed."""
+    g, x = g.contiguous(), x.contiguous()
+    g_x = g_weight = g.new_empty(0)
+    density = nonzero_density(g)
+    if needs_x:
+        g_x = _product(g, weight, density)
+    if needs_weight:
+        of_x = nonzero_density(x)
+        if of_x + TRANSPOSING < density:
+            g_weight = _product(x.t(), g, of_x).t().contiguous()
+        else:
+            g_weight = _product(g.t(), x, density)
+    return g_x, g_weight
+
+
+@_linear_backward.register_fake
+def _(g, x, weight, needs_x, needs_weight):
+    none = g.new_empty(0)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else none,
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else none,
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, g):
+    needs_x, needs_weight = ctx.needs_input_grad
+    g_x, g_weight = _linear_backward(g, *ctx.saved_tensors, needs_x, needs_weight)
+    return g_x if needs_x else None, g_weight if needs_weight else None
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class Linear(layer.Linear):
+    """SpikingJelly's linear layer, faster on the CPU where spikes or their gradients are mostly zero.
+
+    The result is that of ``layer.Linear`` up to the order of its sums. Small layers, and anything but
+    float32 on the CPU, run as there.
+
+    Shape:
+        - input ``[..., in_features]``
+        - output ``[..., out_features]``
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight.T + bias``."""
+        if not self._takes(x):
+            return super().forward(x)
+        y = _linear(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _takes(self, x: Tensor) -> bool:
+        if x.dim() < 2 or x.shape[-1] != self.in_features or x.numel() * self.out_features < SMALLEST:
+            return False
+        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x, self.weight)):
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            return False
+        # counters of operations must see the ones that they know
+        return torch.compiler.is_compiling() or not is_in_torch_dispatch_mode()
