@@ -35,14 +35,14 @@ from torch.nn.utils import fusion, prune
 
 from ..models import layers
 from ..models.readout import resolve_readout
-from ..neurons import IntegratorNode, Linear
+from ..neurons import Conv2d, IntegratorNode, Linear
 from ..neurons.accelerate import AcceleratedIFNode, AcceleratedLIFNode
 
 if TYPE_CHECKING:
     import nir
 
 DT = 1e-4  # seconds; other simulators, such as snnTorch, read NIR with this time step
-_CONV2D = (nn.Conv2d, layer.Conv2d, layers.Conv2d)
+_CONV2D = (nn.Conv2d, layer.Conv2d, Conv2d, layers.Conv2d)
 _LINEAR = (nn.Linear, layer.Linear, Linear)
 _NORM2D = (nn.BatchNorm2d, layer.BatchNorm2d, layers.BatchNorm2d)
 _NORM1D = (nn.BatchNorm1d, layer.BatchNorm1d)

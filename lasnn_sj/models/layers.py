@@ -9,11 +9,12 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
+from .. import neurons
 from ..neurons import IntegratorNode, LIFNode, Linear, TimeLoopNode
 
 
-class Conv2d(layer.Conv2d):
-    """SpikingJelly's convolution, computed once where the input repeats over time.
+class Conv2d(neurons.Conv2d):
+    """A convolution that is computed once where the input repeats over time.
 
     A directly encoded image has time stride 0, and so has this layer's output for it.
     """

@@ -1,13 +1,14 @@
-"""Run SpikingJelly's own IF and LIF neurons and linear layers on this package's kernels."""
+"""Run SpikingJelly's own IF and LIF neurons and weights on this package's kernels."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
+from .convolution import Conv2d, why_dense
 from .dynamics import Dynamics
 from .linear import Linear
 from .nodes import TimeLoopNode
@@ -64,18 +65,21 @@ class AcceleratedLIFNode(_StockNode, neuron.LIFNode):
 
 
 ACCELERATED = {neuron.IFNode: AcceleratedIFNode, neuron.LIFNode: AcceleratedLIFNode}
+SPARSE = {layer.Linear: Linear, layer.Conv2d: Conv2d}
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
     """Names of the neurons that run on the time loop, and of the others with the reason for each.
 
-    ``linear`` names the linear layers that leave out zeros, see :class:`~lasnn_sj.neurons.Linear`.
+    ``sparse`` names the linear layers and convolutions that leave zeros out on the CPU, see
+    :class:`~lasnn_sj.neurons.Linear`, and ``dense`` the other ones, with the reason for each.
     """
 
     accelerated: tuple[str, ...]
     left_alone: dict[str, str]
-    linear: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+    dense: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.accelerated)} neurons accelerated, {len(self.left_alone)} left alone"]
@@ -85,7 +89,7 @@ class AccelerationReport:
 def accelerate(model: nn.Module) -> nn.Module:
     """Make SpikingJelly's stock ``IFNode`` and ``LIFNode`` run on the time loop, in place.
 
-    On the CPU, its ``Linear`` layers leave out zeros where most spikes or gradients are zero.
+    On the CPU, its ``Linear`` and ``Conv2d`` layers leave zeros out where enough spikes or gradients are 0.
 
     Only the class of the objects changes; hooks, state, step mode, training mode and references to them
     stay. Spikes agree to rounding of the potential, gradients to 1/255 of the surrogate's peak. The state is
@@ -102,8 +106,8 @@ def accelerate(model: nn.Module) -> nn.Module:
         if type(module) in ACCELERATED and _why_not(module) is None:
             module.record, module.recorded, module.through_trace = (), {}, False
             module.__class__ = ACCELERATED[type(module)]
-        elif type(module) is layer.Linear:
-            module.__class__ = Linear
+        elif type(module) in SPARSE:
+            module.__class__ = SPARSE[type(module)]
     report = acceleration_report(model)
     _log.log(logging.WARNING if report.left_alone else logging.INFO, "%s", report)
     return model
@@ -116,6 +120,11 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
         for name, module in model.named_modules()
         if isinstance(module, (neuron.BaseNode, neuron.SimpleBaseNode))
     }
+    weights = {
+        name: _why_dense(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    }
     return AccelerationReport(
         tuple(name for name, module in neurons.items() if isinstance(module, TimeLoopNode)),
         {
@@ -123,8 +132,18 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
             for name, module in neurons.items()
             if not isinstance(module, TimeLoopNode)
         },
-        tuple(name for name, module in model.named_modules() if isinstance(module, Linear)),
+        tuple(name for name, why in weights.items() if why is None),
+        {name: why for name, why in weights.items() if why is not None},
     )
+
+
+def _why_dense(module: nn.Module) -> str | None:
+    if isinstance(module, (Linear, Conv2d)):
+        return why_dense(module) if isinstance(module, Conv2d) else None
+    kind = type(module)
+    if kind in SPARSE:
+        return "accelerate(model) has not been called on it"
+    return f"{kind.__name__} is neither SpikingJelly's Linear nor its Conv2d (subclasses may differ)"
 
 
 def _why_not(node: nn.Module) -> str | None:

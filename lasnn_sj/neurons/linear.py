@@ -116,9 +116,14 @@ class Linear(layer.Linear):
     def _takes(self, x: Tensor) -> bool:
         if x.dim() < 2 or x.shape[-1] != self.in_features or x.numel() * self.out_features < SMALLEST:
             return False
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x, self.weight)):
-            return False
-        if torch.is_autocast_enabled("cpu"):
-            return False
-        # counters of operations must see the ones that they know
-        return torch.compiler.is_compiling() or not is_in_torch_dispatch_mode()
+        return may_take(x, self.weight)
+
+
+def may_take(x: Tensor, weight: Tensor) -> bool:
+    """Return whether kernels of this package may compute a layer instead of PyTorch's."""
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x, weight)):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    # counters of operations must see the ones that they know
+    return torch.compiler.is_compiling() or not is_in_torch_dispatch_mode()

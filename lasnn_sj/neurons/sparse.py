@@ -193,11 +193,14 @@ def not_finite(tile, count):
 
 
 def nonzero_density(a: Tensor) -> float:
-    """Return the share of values of a float32 matrix that are not 0."""
-    if a.stride(1) != 1:
-        a = a.t()
-    task, keep = _task(a, a, a)
-    return _lists(task, keep) / max(1, a.numel())
+    """Return the share of values that are not 0 in a float32 matrix of contiguous rows.
+
+    Of many rows, about 256 are counted, an odd number apart: those of one image at all time steps lie an even
+    number apart as a rule.
+    """
+    a = a[:: len(a) // 256 | 1]
+    task, ends = _task(a, a, a)
+    return _lists(task, ends) / max(1, a.numel())
 
 
 def sparse_product(a: Tensor, b: Tensor) -> Tensor | None:

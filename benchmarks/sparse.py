@@ -1,14 +1,15 @@
-"""Linear layers that leave out zeros, against dense ones: each product, and a whole LaSNN step.
+"""Layers that leave out zeros, against dense ones: each product, and a whole LaSNN step.
 
-    python benchmarks/linear.py                             # products, and a step of VGG5, width 0.5, T = 100
-    python benchmarks/linear.py --T 8 32 100 --widths 0.25 0.5 --thresholds 0.4
-    python benchmarks/linear.py --layers --networks vgg5 conv3_linear2 --T 8 32 100
+    python benchmarks/sparse.py                             # products, and a step of VGG5, width 0.5, T = 100
+    python benchmarks/sparse.py --no-products --T 8 32 100 --widths 0.25 0.5 --thresholds 0.4
+    python benchmarks/sparse.py --layers --networks vgg5 conv3_linear2 --T 8 32 100
 
 A step is that of ``train_step.py``. It is run with PyTorch's own dense products ("dense"), with dense
-products of the library that is faster on this processor ("faster dense"), and with ``neurons.linear.Linear``
-as it is ("sparse"). Higher thresholds make fewer spikes; ``density`` is the share of nonzero inputs of the
-linear layers. With one thread, the default, times are processor times of that thread, which other processes
-disturb less than wall times. Writes ``linear_products.csv``, ``linear_steps.csv`` and a plot of the steps.
+products of the library that is faster on this processor ("faster dense"; of linear layers), and with
+``neurons.Linear`` and ``neurons.Conv2d`` as they are ("sparse"). Higher thresholds make fewer spikes;
+``density`` is the share of nonzero inputs of all weight layers but the first. With one thread, the default,
+times are processor times of that thread, which other processes disturb less than wall times. Writes
+``sparse_products.csv``, ``sparse_steps.csv`` and a plot of the steps.
 
 With ``--layers`` it prints instead, for each weight layer of a step, the times of its dense products by
 PyTorch, beside the density of its input and of its output's gradient, and writes ``layers.csv``.
@@ -29,12 +30,20 @@ import train_step
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from lasnn_sj.neurons import disable_malloc_trim, linear
+from lasnn_sj.neurons import convolution, disable_malloc_trim, linear
 from lasnn_sj.neurons.sparse import sparse_product
+from lasnn_sj.neurons.sparse_convolution import sparse_convolution, sparse_weight_gradient
 
 SHAPES = ((1600, 4096, 2048), (1600, 2048, 2048), (1600, 1024, 256), (128, 4096, 2048))  # T * N, in, out
+IMAGES = ((1600, 64, 64, 16), (1600, 32, 64, 16), (1600, 64, 64, 8))  # T * N, in, out, side
 DENSITIES = (0.02, 0.1, 0.2, 0.3, 0.5)
 DENSE, FASTER, SPARSE = "dense", "faster dense", "sparse"
+OFF = float("inf")
+CHANGED = {  # what makes the layers dense
+    DENSE: ((linear, "SMALLEST", OFF), (convolution, "SMALLEST", OFF)),
+    FASTER: ((linear, "DENSEST", -OFF), (convolution, "SMALLEST", OFF)),
+    SPARSE: (),
+}
 
 
 def in_turns(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
@@ -53,9 +62,8 @@ def in_turns(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, lis
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Milliseconds, and ratios of sides that were run in turns."""
     row = {f"{name} ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
-    if SPARSE in seconds:
-        row |= {f"of {name}": common.ratio(seconds[SPARSE], seconds[name]) for name in (DENSE, FASTER)}
-    return row
+    others = [name for name in (DENSE, FASTER) if SPARSE in seconds and name in seconds]
+    return row | {f"of {name}": common.ratio(seconds[SPARSE], seconds[name]) for name in others}
 
 
 def products(runs: int) -> list[dict]:
@@ -74,6 +82,40 @@ def products(runs: int) -> list[dict]:
                 }
                 row = {"T*N, in, out": f"{M}, {K}, {N}", "product": what, "density": density}
                 rows.append(row | medians(in_turns(calls, runs)) | {"taken": linear.pays(a, b, density)})
+    return rows
+
+
+def image_products(runs: int) -> list[dict]:
+    """Rows of a convolution's three products at each density."""
+    rows = []
+    for n, c_in, c_out, side in IMAGES:
+        conv = layer.Conv2d(c_in, c_out, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+        weight = conv.weight.detach()
+        back = weight.flip(2, 3).transpose(0, 1).contiguous()
+        for density in DENSITIES:
+            x, g = (torch.rand(n, side, side, c).permute(0, 3, 1, 2) for c in (c_in, c_out))
+            x, g = ((t < density).float() for t in (x, g))
+            pairs = {
+                "forward": (
+                    lambda x=x, w=weight: torch.conv2d(x, w, None, 1, 1),
+                    lambda x=x, w=weight: sparse_convolution(x, w),
+                    convolution.OUTPUT,
+                ),
+                "input gradient": (
+                    lambda x=x, g=g, conv=conv: backward(conv, x, g, [True, False, False]),
+                    lambda g=g, w=back: sparse_convolution(g, w),
+                    convolution.OUTPUT,
+                ),
+                "weight gradient": (
+                    lambda x=x, g=g, conv=conv: backward(conv, x, g, [False, True, False]),
+                    lambda x=x, g=g: sparse_weight_gradient(x, g),
+                    convolution.WEIGHT,
+                ),
+            }
+            for what, (dense, sparse, most) in pairs.items():
+                row = {"T*N, in, out": f"{n}, {c_in}, {c_out}, {side}x{side}", "product": what}
+                times = medians(in_turns({DENSE: dense, SPARSE: sparse}, runs))
+                rows.append(row | {"density": density} | times | {"taken": density < most})
     return rows
 
 
@@ -106,29 +148,25 @@ def nonzero(x: Tensor) -> float:
 
 def step_rows(case: train_step.Case, threshold: float, runs: int) -> list[dict]:
     """Row of a whole step on each side."""
-    calls = {}
-    for side in (DENSE, FASTER, SPARSE):
-        train_step.THRESHOLD = threshold
-        step = train_step.make(case)
-        if side == DENSE:
-            for module in step.student.modules():
-                if isinstance(module, linear.Linear):
-                    module.__class__ = layer.Linear
-        calls[side] = dense_only(step) if side == FASTER else step
-    layers = weight_layers(step).values()
-    values = [x for module, x, _ in layers if isinstance(module, layer.Linear)]
+    train_step.THRESHOLD = threshold
+    step = train_step.make(case)
+    values = [x for _, x, _ in weight_layers(step).values()][1:]
     density = sum(x.count_nonzero().item() for x in values) / sum(x.numel() for x in values)
+    calls = {side: on_side(side, step) for side in CHANGED}
     row = {"network": case.network, "width": case.width, "T": case.T, "threshold": threshold}
     return [row | {"density": density} | medians(in_turns(calls, runs))]
 
 
-def dense_only(step: Callable[[], None]) -> Callable[[], None]:
-    """Return the step without sparse products."""
+def on_side(side: str, step: Callable[[], None]) -> Callable[[], None]:
+    """Return the step with that side's products."""
 
     def run() -> None:
-        before, linear.DENSEST = linear.DENSEST, -1.0
+        before = [(module, name, getattr(module, name)) for module, name, _ in CHANGED[side]]
+        for module, name, value in CHANGED[side]:
+            setattr(module, name, value)
         step()
-        linear.DENSEST = before
+        for module, name, value in before:
+            setattr(module, name, value)
 
     return run
 
@@ -180,7 +218,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.plot(
             [100 * row["density"] for row in rows], [row[f"{side} ms"] for row in rows], "o-", label=side
         )
-    axis.set_xlabel("nonzero inputs of the linear layers, %")
+    axis.set_xlabel("nonzero inputs of weight layers but the first, %")
     axis.set_ylabel("ms a step (median)")
     axis.set_ylim(0)
     axis.legend()
@@ -204,9 +242,9 @@ def main() -> None:
     about = common.machine("cpu")
     print("; ".join(about.values()), flush=True)
     if not (a.layers or a.no_products):
-        rows = products(a.runs)
+        rows = products(a.runs) + image_products(a.runs)
         common.show(rows, list(rows[0]))
-        print(common.write("linear_products", [row | about for row in rows]), flush=True)
+        print(common.write("sparse_products", [row | about for row in rows]), flush=True)
     rows = []
     thresholds = [train_step.THRESHOLD] if a.layers else a.thresholds
     for network, width, T, threshold in itertools.product(a.networks, a.widths, a.T, thresholds):
@@ -214,9 +252,9 @@ def main() -> None:
         new = (layer_rows if a.layers else step_rows)(case, threshold, a.runs)
         common.show(new, list(new[0]) if len(new) == 1 else [*new[0], "input gradient ms"])
         rows += [row | about for row in new]
-        print(common.write("layers" if a.layers else "linear_steps", rows), flush=True)
+        print(common.write("layers" if a.layers else "sparse_steps", rows), flush=True)
     if not a.layers and len(a.networks) == len(a.widths) == len(a.T) == 1:
-        plot(rows, common.RESULTS / "linear_steps.png")
+        plot(rows, common.RESULTS / "sparse_steps.png")
 
 
 if __name__ == "__main__":
