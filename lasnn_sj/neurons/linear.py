@@ -21,8 +21,11 @@ from .sparse import nonzero_density, sparse_product
 DENSEST, COPYING, COLUMNS = 0.35, 24, 256
 TRANSPOSING = 0.1  # density for which the sparse product takes as long as transposing a weight gradient
 SMALLEST = 1 << 24  # multiplications; the calls themselves take a large part of less
-# MKL, which PyTorch calls, runs at half the speed of oneDNN on AMD's processors.
-_ONEDNN = llvmlite.binding.get_host_cpu_name().startswith("znver") and torch.backends.mkldnn.is_available()
+# MKL, which PyTorch calls, runs at half the speed of oneDNN on AMD's processors. PyTorch has oneDNN's product
+# as an operation of its compiler only.
+_ONEDNN = llvmlite.binding.get_host_cpu_name().startswith("znver") and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 
 
 def dense_product(a: Tensor, b: Tensor) -> Tensor:
