@@ -60,7 +60,7 @@ class PoissonEncoder(_Encoder):
     def steps(self, images: Tensor, steps: int) -> Tensor:
         magnitude = images.abs()
         if images.numel():  # a NaN fails the comparison too
-            require(magnitude.amax() <= 1, lambda: _out_of_range(images))
+            require(magnitude.amax() <= 1, _out_of_range, images)
         draw = _draw_at_once if images.is_cuda else _draw_in_pieces
         return draw(magnitude, images.sign(), steps, self.generator)
 

@@ -11,20 +11,23 @@ from torch import Tensor
 _collecting: LateChecks | None = None
 
 
-def require(condition: Tensor, error: Callable[[], Exception], skippable: bool = False) -> None:
-    """Raise ``error()`` unless every element of ``condition`` is true.
+def require(
+    condition: Tensor, error: Callable[..., Exception], *tensors: Tensor, skippable: bool = False
+) -> None:
+    """Raise ``error(*tensors)`` unless every element of ``condition`` is true.
 
     Within :class:`LateChecks` a condition on an accelerator is recorded instead of read.
 
     Args:
         condition: bool, any shape.
-        error: makes the exception; may read tensors, and is only called if the condition does not hold.
+        error: makes the exception; may read the tensors, and is only called if the condition does not hold.
+        tensors: arguments of ``error``. Of tensors that a replayed step overwrites, only these are copied.
         skippable: whether training may go on with the next batch; for :class:`LateChecks`.
     """
     if _collecting is not None and (condition.device.type != "cpu" or _collecting.on_cpu):
-        _collecting.add(condition, error, skippable)
+        _collecting.add(condition, error, tensors, skippable)
     elif not bool(condition.all()):
-        raise error()
+        raise error(*tensors)
 
 
 class LateChecks:
@@ -37,7 +40,8 @@ class LateChecks:
     def __init__(self, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
         self._failed: list[Tensor] = []
-        self._errors: list[Callable[[], Exception]] = []
+        self._errors: list[Callable[..., Exception]] = []
+        self._tensors: list[tuple[Tensor, ...]] = []
         self._skippable: list[bool] = []
         self._outer: list[LateChecks | None] = []
 
@@ -51,11 +55,25 @@ class LateChecks:
         global _collecting
         _collecting = self._outer.pop()
 
-    def add(self, condition: Tensor, error: Callable[[], Exception], skippable: bool) -> None:
+    def add(
+        self, condition: Tensor, error: Callable[..., Exception], tensors: tuple[Tensor, ...], skippable: bool
+    ) -> None:
         """Record a condition."""
         self._failed.append(~condition.all())
         self._errors.append(error)
+        self._tensors.append(tensors)
         self._skippable.append(skippable)
+
+    def add_copies(self, other: LateChecks) -> None:
+        """Record the conditions of another object as they are now, with copies of their tensors."""
+        self._failed += other.failed().unbind()
+        self._errors += other._errors
+        self._tensors += [tuple(tensor.clone() for tensor in each) for each in other._tensors]
+        self._skippable += other._skippable
+
+    def __len__(self) -> int:
+        """Return the number of conditions."""
+        return len(self._failed)
 
     def failed(self) -> Tensor:
         """Return which conditions fail, bool ``[number of conditions]``, without waiting for the device."""
@@ -70,5 +88,5 @@ class LateChecks:
         """Return the exception of the first failing condition, given the result of :meth:`failed`."""
         for number, one in enumerate(failed):
             if one:
-                return self._errors[number]()
+                return self._errors[number](*self._tensors[number])
         return None

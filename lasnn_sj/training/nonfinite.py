@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -12,8 +13,12 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from ..models.readout import BatchError
-from ..runtime import files
+from ..runtime import distributed, files
 from .checkpoint import unshared
+
+if TYPE_CHECKING:
+    from .dataloader import Batch
+    from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,26 @@ def last_gradient(student: nn.Module) -> str | None:
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return name
     return None
+
+
+def leave_out(
+    trainer: Trainer, error: NonFiniteError, where: str, batch: Batch, images: Tensor, labels: Tensor
+) -> None:
+    """Skip a step that is not finite, or save it for inspection and raise its error."""
+    shown = f"; its samples are {batch.indices[:16]}" if batch.indices else ""
+    message, progress = f"{where}: {error}{shown}", trainer.progress
+    if trainer.options.on_nonfinite == "skip":
+        progress.epoch.skipped += 1
+        log.warning("left out: %s", message)
+        return
+    if trainer.run_dir is not None:
+        folder = trainer.run_dir / "nonfinite"
+        if distributed.world_size() > 1:
+            folder = folder / f"process{distributed.rank()}"
+        at = {"step": progress.step + 1, "epoch": progress.epoch.number, "batch": batch.position}
+        keep_for_inspection(folder, trainer.student, images, labels, error, at, batch.indices)
+        message += f"; the step is kept in {folder}"
+    raise NonFiniteError(message, error.layer) from error
 
 
 def keep_for_inspection(

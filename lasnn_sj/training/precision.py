@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,3 +86,14 @@ class MixedPrecision:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf
+
+
+def add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Add parameters to the first group of an optimizer that does not train them yet.
+
+    A new group would have no learning rate in a scheduler that was created before.
+    """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [p for p in parameters if id(p) not in known]
+    if missing:
+        optimizer.param_groups[0]["params"].extend(missing)

@@ -24,6 +24,7 @@ from .batch_norm import SyncedBatchNorm, has_batch_norm
 from .evaluation import batch_axis, evaluating
 from .fingerprint import sentence
 from .forward import StudentForward
+from .graph import GraphedStep
 from .look import look_at
 from .nonfinite import NonFiniteError
 
@@ -74,6 +75,7 @@ class TrainingStep:
         self._taps: StudentTaps | None = None
         self._teacher: TeacherForward | None = None
         self._forward: nn.Module | None = None
+        self._graph: GraphedStep | None = None
         self._prepared_for: object = None
         self._accumulated = False
         self._weight, self._has_batch_norm = 1.0, False
@@ -120,7 +122,9 @@ class TrainingStep:
                     self.prepare(images, labels)
                     # A label out of range, which is not read yet, would stop the device.
                     labels = labels.clamp(0, self.num_classes - 1)
-                return self._run(images, labels)
+                    if self._graph is not None:
+                        return self._graph(images, labels, self._checks)
+                return self.run_at_once(images, labels, self._checks)
         finally:
             self._checks = None
 
@@ -144,11 +148,16 @@ class TrainingStep:
     def _skips(self) -> bool:
         return self.trainer.options.on_nonfinite == "skip"
 
-    def _run(self, images: Tensor, labels: Tensor) -> StepResult:
+    def run_at_once(self, images: Tensor, labels: Tensor, checks: LateChecks | None) -> StepResult:
+        """Run one step, by :meth:`run` or for its recording.
+
+        Args:
+            images: as for :meth:`run`.
+            labels: as for :meth:`run`; classes if the step checks late.
+            checks: entered conditions of a step that checks late.
+        """
         trainer = self.trainer
         self.prepare(images, labels)
-        if trainer.options.compile == "graph":
-            torch.compiler.cudagraph_mark_step_begin()
         trainer.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in trainer.student.buffers()]  # of batch norm
         result, scores = StepResult(), []
@@ -160,14 +169,14 @@ class TrainingStep:
                     share = len(piece_labels) / len(labels)
                     trainer.mixed_precision.backward(sum(parts.values()) * (share * self._weight))
                 functional.reset_net(trainer.student)
-                scores.append(signals.scores.detach().clone())  # a CUDA graph's next replay overwrites them
+                scores.append(signals.scores.detach())
                 _add(result.parts, parts, share, trainer.device)
                 _add(result.logged, signals.logged, share, trainer.device)
-            if self._checks is None:
+            if checks is None:
                 self._update(images)
             else:
-                self._update_late(images, buffers)
-                result.checks = self._checks
+                self._update_late(images, buffers, checks)
+                result.checks = checks
         except NonFiniteError:
             for buffer, before in zip(trainer.student.buffers(), buffers):
                 buffer.copy_(before)
@@ -201,11 +210,12 @@ class TrainingStep:
             )
         found = {name: part.detach() for name, part in parts.items()}
 
-        def not_finite() -> NonFiniteError:
-            named = ", ".join(f"{name} = {part.item():.4g}" for name, part in found.items())
+        def not_finite(images: Tensor, *values: Tensor) -> NonFiniteError:
+            named = ", ".join(f"{name} = {value.item():.4g}" for name, value in zip(found, values))
             return self._error(images, f"the loss is not finite ({named}); a lower learning rate may do")
 
-        require(torch.isfinite(sum(found.values())), not_finite, skippable=self._skips)
+        finite = torch.isfinite(sum(found.values()))
+        require(finite, not_finite, images, *found.values(), skippable=self._skips)
         return parts, signals
 
     def _update(self, images: Tensor) -> None:
@@ -220,19 +230,19 @@ class TrainingStep:
         except NonFiniteError as error:
             raise self._error(images, str(error), error.layer) from error
 
-    def _update_late(self, images: Tensor, buffers: list[Tensor]) -> None:
+    def _update_late(self, images: Tensor, buffers: list[Tensor], checks: LateChecks) -> None:
         """Run the optimizer step unless this step is not finite or, with ``"stop"``, an earlier one was."""
-        trainer, checks = self.trainer, self._checks
+        trainer = self.trainer
         parameters, norms = trainer.mixed_precision.gradient_norms(trainer.optimizer)
         names = {id(p): name for name, p in trainer.student.named_parameters()}
         finite = torch.isfinite(norms)
 
-        def not_finite() -> NonFiniteError:
+        def not_finite(images: Tensor, finite: Tensor) -> NonFiniteError:
             bad = [names.get(id(p)) for p, good in zip(parameters, finite.tolist()) if not good]
             layer = next((name for name in reversed(bad) if name), None)  # backward comes from the output
             return self._error(images, f"the gradient is not finite, first in {layer}", layer)
 
-        require(finite, not_finite, skippable=self._skips)
+        require(finite, not_finite, images, finite, skippable=self._skips)
         if self._stopped is None:
             self._stopped = torch.zeros((), dtype=torch.bool, device=finite.device)
         skip = self._stopped | checks.failed().any()
@@ -316,7 +326,7 @@ class TrainingStep:
         self._teacher = TeacherForward(teacher, self._needs)
         forward = StudentForward(student, self._taps, chunks)
         if trainer.options.compile == "graph":
-            forward.compile(backend="cudagraphs")
+            self._graph = GraphedStep(self)
         elif trainer.options.compile:
             forward.compile()
         self._has_batch_norm = distributed.world_size() > 1 and has_batch_norm(student)
@@ -346,11 +356,12 @@ class TrainingStep:
         return any(gradient is None for gradient in found)
 
     def close(self) -> None:
-        """Remove the taps; :meth:`prepare` sets them again."""
-        for tap in (self._taps, self._teacher):
-            if tap is not None:
-                tap.close()
-        self._taps = self._teacher = self._forward = self.num_classes = self._prepared_for = None
+        """Remove the taps and a recorded step; :meth:`prepare` sets them again."""
+        for part in (self._taps, self._teacher, self._graph):
+            if part is not None:
+                part.close()
+        self._taps = self._teacher = self._graph = None
+        self._forward = self.num_classes = self._prepared_for = None
 
 
 def _add(

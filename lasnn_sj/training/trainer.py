@@ -21,7 +21,7 @@ from ..models.readout import BatchError, resolve_readout
 from ..runtime import distributed
 from ..runtime.progress import progress_bar
 from ..runtime.random_state import deterministic_algorithms
-from . import checks, fingerprint, nonfinite
+from . import checks, fingerprint, graph, nonfinite
 from .callbacks import Callback, TensorBoard
 from .console import lines_shown
 from .dataloader import Batch, TrainingBatches
@@ -30,7 +30,7 @@ from .forward import place, refuse_batch_norm
 from .metrics import EpochMetrics, best_row, describe, rows_since_best
 from .nonfinite import NonFiniteError
 from .options import TrainingOptions, check_choice, check_count
-from .precision import MixedPrecision
+from .precision import MixedPrecision, add_missing
 from .run_folder import BEST, WEIGHTS, RunFolder
 from .signals import Stopped, StopRequest, outlasting
 from .state import Epoch, Progress
@@ -94,8 +94,6 @@ class Trainer:
         if self.options.time_chunks > 1:
             refuse_batch_norm(student)
         device = checks.device(device_of(student) if device is None else device)
-        if self.options.compile == "graph" and device.type != "cuda":
-            raise ValueError(f'compile="graph" needs a CUDA device, got device {device}; use True or False')
         self.device = distributed.initialise(device)
         if self.options.precision == "float16" and self.device.type == "cpu":
             log.warning("precision='float16' is slower than 'float32' on a CPU, many times; give 'bfloat16'")
@@ -114,10 +112,12 @@ class Trainer:
         trained = [*student.parameters(), *own_parameters(self.objective)]
         fused = self.device.type == "cuda" or None  # in one kernel, which can skip a bad step by itself
         self.optimizer = optimizer or Adam(trained, lr=1e-4, weight_decay=5e-4, fused=fused)
-        _add_missing(self.optimizer, own_parameters(self.objective))
+        add_missing(self.optimizer, own_parameters(self.objective))
         self.scheduler = scheduler
         checks.optimizer(student, self.optimizer, scheduler)
         self.mixed_precision = MixedPrecision(self.options.precision, self.device, self.options)
+        if self.options.compile == "graph":
+            graph.check(self)
         self.progress = Progress(
             student, self.optimizer, scheduler, self.mixed_precision.scaler, self.device, own
         )
@@ -330,7 +330,7 @@ class Trainer:
             try:
                 result = self._step.run(images, labels, batch.weight)
             except NonFiniteError as error:
-                self._leave_out(error, where, batch, images, labels)
+                nonfinite.leave_out(self, error, where, batch, images, labels)
                 continue
             except BatchError as error:
                 raise BatchError(f"{where}: {error}") from error
@@ -358,7 +358,7 @@ class Trainer:
         for (batch, images, labels, result), error in zip(unread, errors):
             where = f"batch {batch.position} of epoch {epoch.number}"
             if isinstance(error, NonFiniteError):
-                self._leave_out(error, where, batch, images, labels)
+                nonfinite.leave_out(self, error, where, batch, images, labels)
                 continue
             if error is not None:
                 raise error if isinstance(error, BatchError) else BatchError(f"{where}: {error}") from error
@@ -393,25 +393,6 @@ class Trainer:
             self.progress.save(self._folder)
         log.warning("stopped and saved after step %d; start the same run again to resume", self.step)
         stop.leave()
-
-    def _leave_out(
-        self, error: NonFiniteError, where: str, batch: Batch, images: Tensor, labels: Tensor
-    ) -> None:
-        """Skip a step that is not finite, or save it for inspection and raise its error."""
-        shown = f"; its samples are {batch.indices[:16]}" if batch.indices else ""
-        message = f"{where}: {error}{shown}"
-        if self.options.on_nonfinite == "skip":
-            self.progress.epoch.skipped += 1
-            log.warning("left out: %s", message)
-            return
-        if self.run_dir is not None:
-            folder = self.run_dir / "nonfinite"
-            if distributed.world_size() > 1:
-                folder = folder / f"process{distributed.rank()}"
-            at = {"step": self.step + 1, "epoch": self.progress.epoch.number, "batch": batch.position}
-            nonfinite.keep_for_inspection(folder, self.student, images, labels, error, at, batch.indices)
-            message += f"; the step is kept in {folder}"
-        raise NonFiniteError(message, error.layer) from error
 
     def _finish_epoch(self, row: dict[str, float], callbacks: Sequence[Callback]) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -459,14 +440,3 @@ class Trainer:
     def settings(self) -> dict[str, object]:
         """Return the settings that a resumed run must share with the run that wrote the folder."""
         return fingerprint.settings(self)
-
-
-def _add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Add parameters to the first group of an optimizer that does not train them yet.
-
-    A new group would have no learning rate in a scheduler that was created before.
-    """
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [p for p in parameters if id(p) not in known]
-    if missing:
-        optimizer.param_groups[0]["params"].extend(missing)

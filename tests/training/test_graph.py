@@ -1,0 +1,519 @@
+"""Recorded steps equal plain ones: on a device where there is one, and always with a stand-in on the CPU."""
+
+import collections
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj.distillation import Attention, CrossEntropy, LabelKD
+from lasnn_sj.models.readout import BatchError
+from lasnn_sj.training import NonFiniteError, TrainingOptions
+from lasnn_sj.training.graph import WARM_UP, GraphedStep
+from lasnn_sj.training.step import LAG, TrainingStep
+
+# Operations whose result the host waits for on CUDA.
+READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "item"}
+
+
+class CpuRecorder(TorchDispatchMode):
+    """Stands in for a CUDA graph: runs recorded operations again, on the tensors of the recording.
+
+    As there, Python does not run again, numbers are those of the recording, reading a value is an error,
+    and recording changes no tensor and no random-number generator.
+    """
+
+    device = "cpu"
+    made: list = []
+    memory = 2**30  # bytes of a recording
+
+    def __init__(self, device):
+        super().__init__()
+        self.calls, self.recordings, self.replays = [], 0, 0
+        CpuRecorder.made.append(self)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        if name in READS:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        for given, value in zip(func._schema.arguments, args):
+            declared = given.alias_info is not None and given.alias_info.is_write
+            if declared or given.name in ("running_mean", "running_var"):  # whose change is not declared
+                for tensor in tree_flatten(value)[0]:
+                    self.before.setdefault(tensor.data_ptr(), (tensor, tensor.clone()))
+        out = func(*args, **kwargs)
+        self.memory -= sum(t.nbytes for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor))
+        if self.memory < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        aliases = [r.alias_info for r in func._schema.returns]
+        if not name.startswith(("empty", "new_empty")) and not any(a and not a.is_write for a in aliases):
+            fresh = [] if any(aliases) else [out]
+            self.calls.append((func, args, kwargs, fresh))
+        return out
+
+    def run(self, function):
+        return function()
+
+    def record(self, function, generators):
+        self.calls, self.before, self.recordings = [], {}, self.recordings + 1
+        generators = [torch.default_generator, *generators]
+        states = [generator.get_state() for generator in generators]
+        try:
+            with self:
+                return function()
+        finally:
+            for tensor, value in self.before.values():
+                tensor.detach().copy_(value)
+            for generator, state in zip(generators, states):
+                generator.set_state(state)
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, recorded in self.calls:
+            out = func(*args, **kwargs)
+            for old, new in zip(tree_flatten(recorded)[0], tree_flatten([out])[0]):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+    def close(self):
+        self.calls = []
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Check late as on CUDA, of CPU tensors too."""
+    monkeypatch.setattr(TrainingStep, "late_on_cpu", True)
+
+
+@pytest.fixture(params=["stand-in", "cuda"])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return "cuda"
+    monkeypatch.setattr(TrainingStep, "late_on_cpu", True)
+    monkeypatch.setattr(GraphedStep, "recorder", CpuRecorder)
+    monkeypatch.setattr(CpuRecorder, "made", [])
+    return "cpu"
+
+
+class SmallTeacher(nn.Module):
+    """Three stages of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True))
+        self.layer2 = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.layer3 = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+METHODS = {
+    "hybrid": lambda: CrossEntropy(),
+    "lasnn": lambda: CrossEntropy() + Attention("activation"),
+    "lasnn_gradient": lambda: CrossEntropy() + Attention("gradient"),
+    "lasnn_label_kd": lambda: LabelKD() + Attention("activation"),
+}
+
+
+def student(batch_norm=False):
+    torch.manual_seed(0)
+    if batch_norm:
+        first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        return nn.Sequential(*first, nn.Flatten(), nn.Linear(256, 4))
+    return models.conv3_linear2(4, width=0.05, image_size=8)
+
+
+def batches(count, size=4, last=None, device="cpu"):
+    generator = torch.Generator().manual_seed(3)
+    sizes = [size] * (count - bool(last)) + [last] * bool(last)
+    return [
+        (
+            (torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1).to(device),
+            torch.randint(4, (n,), generator=generator).to(device),
+        )
+        for n in sizes
+    ]
+
+
+def trainer(
+    objective=None, net=None, folder=None, callbacks=(), device="cpu", optimizer=torch.optim.Adam, **options
+):
+    """A trainer whose learning rates a float32 holds exactly."""
+    net = student() if net is None else net
+    optimizer = optimizer(net.to(device).parameters(), lr=2**-7, fused=True)
+    spiking = isinstance(net, models.VGG)
+    objective = CrossEntropy() if objective is None else objective
+    return LaSNNTrainer(
+        net, SmallTeacher().eval() if objective.needs_teacher else None, objective=objective,
+        attention=None, optimizer=optimizer, run_dir=folder, seed=1, callbacks=callbacks, device=device,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        encoder=PoissonEncoder(3, torch.Generator(device).manual_seed(5)) if spiking else None,
+        options=TrainingOptions(**options),
+    )  # fmt: skip
+
+
+def weights(one):
+    return {name: value.clone() for name, value in one.student.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def rows(one):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in one.history]
+
+
+CASES = [
+    *((name, False, {}) for name in METHODS),
+    ("hybrid", True, {"clip_norm": 0.1, "precision": "bfloat16"}),
+    ("lasnn", False, {"accumulate": 2}),
+]
+
+
+@pytest.mark.parametrize(("method", "batch_norm", "options"), CASES, ids=str)
+def test_recorded_steps_are_the_plain_ones(method, batch_norm, options, device, tmp_path):
+    """Weights, logged numbers and files, with a short last batch and a learning rate that changes."""
+    data, results = batches(LAG + 2, last=3, device=device), []
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        for compiled in (False, "graph"):
+            folder = tmp_path / str(compiled)
+            shared = {"device": device, "compile": compiled} | options
+            one = trainer(METHODS[method](), student(batch_norm), folder, **shared)
+            one.fit(data, epochs=2)
+            results.append((weights(one), rows(one), (folder / "steps.csv").read_text()))
+    if device == "cuda":
+        for name, expected in results[0][0].items():
+            torch.testing.assert_close(results[1][0][name], expected, rtol=1e-3, atol=1e-4)
+        return
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]
+    (recorder,) = CpuRecorder.made
+    assert recorder.recordings == 2  # one for each epoch
+    assert recorder.replays == 2 * (LAG + 1) - WARM_UP
+
+
+def test_settings_that_change_between_steps_are_followed(device):
+    """Learning rate without a new recording; alpha, clipping and the optimizer's state with one."""
+    results, data = [], batches(14, device=device)
+    for compiled in (False, "graph"):
+        objective = CrossEntropy() + Attention("activation", alpha=0.9)
+        one = trainer(objective, device=device, compile=compiled)
+        losses, counts = [], []
+        for number, batch in enumerate(data):
+            if number in (5, 6):
+                one.optimizer.param_groups[0]["lr"] *= 0.5
+            elif number == 8:
+                objective.objectives[1].alpha = 0.25
+            elif number == 10:
+                one.options.clip_norm = 0.01
+            elif number == 12:
+                one.optimizer.load_state_dict(one.optimizer.state_dict())
+            losses.append({name: float(part) for name, part in one.train_step(*batch).parts.items()})
+            if CpuRecorder.made:
+                counts.append(CpuRecorder.made[0].recordings)
+        one.finish_steps()
+        results.append((weights(one), losses))
+    if device == "cpu":
+        assert_equal(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+        assert counts == [0] * WARM_UP + [1] * 5 + [2] * 2 + [3] * 2 + [4] * 2
+    else:
+        for name, expected in results[0][0].items():
+            torch.testing.assert_close(results[1][0][name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_other_fused_optimizers(optimizer, device):
+    results = []
+    for compiled in (False, "graph"):
+        one = trainer(device=device, optimizer=optimizer, compile=compiled)
+        for batch in batches(8, device=device):
+            one.train_step(*batch)
+        one.finish_steps()
+        results.append(weights(one))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=0 if device == "cpu" else 1e-3, atol=1e-6)
+
+
+class BadOnOnes(CrossEntropy):
+    """Cross-entropy that is infinite, or whose gradient is, for images of ones."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __call__(self, signals):
+        ce = super().__call__(signals)["ce"]
+        ones = signals.inputs.abs().mean() == 1
+        if self.what == "loss":
+            return {"ce": ce + torch.where(ones, torch.inf, 0.0)}
+        most = torch.where(ones, 3e38, 0.0)
+        return {"ce": ce + ((signals.scores - signals.scores.detach()).sum() * most) * most}
+
+
+def bad_data(kind, at):
+    data = batches(LAG + 9)
+    images, labels = data[at]
+    if kind == "image":
+        images[1, 0, 2, 2] = torch.nan
+    elif kind == "range":
+        images[1, 0, 2, 2] = 2.0
+    elif kind == "label":
+        labels[2] = 4
+    else:
+        images.fill_(1)
+    return data
+
+
+MESSAGES = {
+    "image": (BatchError, "images hold NaN or infinity, in samples [1]"),
+    "range": (ValueError, "needs pixels in [-1, 1], got values from -0.9"),
+    "label": (BatchError, "labels must lie in [0, 4), the student's classes, got 0 to 4"),
+    "loss": (NonFiniteError, "the loss is not finite (ce = inf)"),
+    "gradient": (NonFiniteError, "the gradient is not finite, first in output.weight"),
+}
+
+
+@pytest.fixture
+def stand_in(late, monkeypatch):
+    monkeypatch.setattr(GraphedStep, "recorder", CpuRecorder)
+    monkeypatch.setattr(CpuRecorder, "made", [])
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_a_bad_step_is_named_and_the_weights_are_those_before_it(kind, stand_in, tmp_path):
+    at = 7
+    before = trainer(BadOnOnes("loss"), compile="graph")
+    before.fit(batches(LAG + 9)[:at], epochs=1)
+    one = trainer(BadOnOnes(kind), folder=tmp_path, compile="graph")
+    error, message = MESSAGES[kind]
+    with pytest.raises(error) as raised:
+        one.fit(bad_data(kind, at), epochs=1)
+    assert message in str(raised.value)
+    assert f"batch {at} of epoch 1" in str(raised.value)
+    assert CpuRecorder.made[-1].replays == LAG - WARM_UP  # the later steps ran and changed nothing
+    assert_equal(weights(one), weights(before))
+    if error is NonFiniteError:
+        kept = json.loads((tmp_path / "nonfinite" / "what.json").read_text())
+        assert (kept["step"], kept["batch"]) == (at + 1, at)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_skipped_step_changes_nothing(kind, late, monkeypatch):
+    monkeypatch.setattr(GraphedStep, "recorder", CpuRecorder)
+    results = []
+    for compiled in (False, "graph"):
+        one = trainer(BadOnOnes(kind), student(True), compile=compiled, on_nonfinite="skip")
+        data = batches(9)
+        data[6][0].fill_(1)
+        one.fit(data, epochs=1)
+        results.append((weights(one), rows(one), one.step))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]
+    assert (results[1][1][0]["skipped"], results[1][2]) == (1, 8)
+
+
+def test_an_interrupted_run_resumes_to_the_bit(stand_in, tmp_path):
+    data = batches(12, last=2)
+    whole = trainer(METHODS["lasnn"](), compile="graph")
+    whole.fit(data, epochs=2)
+
+    class Interrupts(list):
+        at = 10  # the resumed run begins with the short batch
+
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                training = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+                if number == self.at and training:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    first = trainer(METHODS["lasnn"](), folder=tmp_path, compile="graph")
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(Interrupts(data), epochs=2)
+    assert first.step == 11
+    resumed = trainer(METHODS["lasnn"](), folder=tmp_path, compile="graph")
+    Interrupts.at = None
+    resumed.fit(Interrupts(data), epochs=2)
+    assert_equal(weights(resumed), weights(whole))
+    assert rows(resumed) == rows(whole)
+    assert CpuRecorder.made[-1].replays == 11 - WARM_UP
+
+
+def test_every_address_is_fixed_after_the_warm_up(device):
+    """Parameters, gradients, buffers, optimizer state, learning rate, input, results, the flag that stops."""
+    one = trainer(METHODS["lasnn_gradient"](), device=device, compile="graph")
+
+    def addresses():
+        graph, trained = one._step._graph, list(one.student.parameters())
+        result = graph._result
+        tensors = [
+            *trained, *(p.grad for p in trained), *one.student.buffers(), one._step._stopped,
+            *(t for state in one.optimizer.state.values() for t in state.values()),
+            graph._images, graph._labels, graph._bad_batch, *graph._rates,
+            result.scores, *result.parts.values(), *result.logged.values(),
+        ]  # fmt: skip
+        return [tensor.data_ptr() for tensor in tensors]
+
+    found, scores = [], []
+    for images, labels in batches(WARM_UP + 6, device=device):
+        short = len(found) == 3
+        if short:
+            one.train_step(images[:2], labels[:2])
+        scores.append(one.train_step(images, labels).scores)
+        if len(scores) > WARM_UP:
+            found.append(addresses())
+    one.finish_steps()
+    assert found == [found[0]] * 6
+    assert len({each.data_ptr() for each in scores}) == len(scores)  # results are the caller's own
+
+
+class Sequence(TorchDispatchMode):
+    """Lists operations with the shapes and dtypes of their tensors, and those that wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.reads = [], collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, torch.Tensor)]
+        self.seen.append((str(func), [(t.dtype, tuple(t.shape), t.stride()) for t in tensors]))
+        name = func._schema.name.removeprefix("aten::")
+        masks = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        self.reads[name] += name in READS or masks
+        return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_runs_the_same_operations(method, late):
+    """No control flow depends on data, and nothing is read."""
+    one, sequences = trainer(METHODS[method](), clip_norm=1.0), []
+    for images, labels in [*batches(4), (torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))]:
+        with Sequence() as sequence:
+            one.train_step(images, labels)
+        sequences.append(sequence)
+    one.finish_steps()
+    steady = sequences[1:]
+    assert len(steady[0].seen) > 100
+    assert all(each.seen == steady[0].seen for each in steady)
+    assert not any(sum(each.reads.values()) for each in steady)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_steady_step_synchronises(method):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for compiled in (False, "graph"):
+        one = trainer(METHODS[method](), device="cuda", compile=compiled)
+        data = batches(2 * WARM_UP + 2, device="cuda")
+        for batch in data[: WARM_UP + 1]:
+            one.train_step(*batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in data[WARM_UP + 1 :]:
+                one.train_step(*batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        one.finish_steps()
+
+
+def test_batches_of_changing_sizes_run_without_the_graph(stand_in, caplog):
+    results, data = [], batches(5) + batches(2, size=2) + batches(2) + batches(4, size=6)
+    for compiled in (False, "graph"):
+        one = trainer(compile=compiled)
+        for batch in data:
+            one.train_step(*batch)
+        one.finish_steps()
+        results.append(weights(one))
+    assert_equal(*results)
+    (recorder,) = CpuRecorder.made
+    assert (recorder.recordings, recorder.replays) == (2, 2 + 2 + 1)  # the largest batch is recorded
+    assert "replays steps of (4, 3, 8, 8) only; smaller batches, as of (2, 3, 8, 8)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "float16"}, 'cannot be used with precision="float16"'),
+        ({"time_chunks": 3}, "cannot be used with time_chunks=3"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_by_its_name(options, message, stand_in):
+    with pytest.raises(ValueError, match=message):
+        trainer(compile="graph", **options)
+
+
+def test_an_optimizer_that_cannot_skip_on_the_device_is_refused(stand_in):
+    net = student()
+    with pytest.raises(ValueError, match="needs a fused optimizer.*got RMSprop; give Adam"):
+        LaSNNTrainer(net, optimizer=torch.optim.RMSprop(net.parameters()), encoder=PoissonEncoder(3),
+                     options=TrainingOptions(compile="graph"))  # fmt: skip
+
+
+def test_a_cuda_graph_needs_a_cuda_device(tmp_path):
+    with pytest.raises(ValueError, match='compile="graph" needs a CUDA device, got device cpu'):
+        trainer(folder=tmp_path / "run", compile="graph")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="compile must be False, True or \"graph\", got 'fast'"):
+        TrainingOptions(compile="fast")
+
+
+def test_too_little_memory_is_said_and_the_run_can_go_on_without(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(CpuRecorder, "memory", 10_000)
+    data = batches(8)
+    before = trainer(compile=False)
+    before.fit(data[:WARM_UP], epochs=1)
+    one = trainer(folder=tmp_path, compile="graph")
+    message = r'compile="graph" needs memory for a recorded step of \(4, 3, 8, 8\).*a smaller batch_size'
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        one.fit(data, epochs=1)
+    assert_equal(weights(one), weights(before))
+    plain, expected = trainer(folder=tmp_path), trainer()
+    plain.fit(data, epochs=1)
+    expected.fit(data, epochs=1)
+    assert_equal(weights(plain), weights(expected))
+
+
+def test_an_objective_that_reads_a_value_is_said(stand_in):
+    class Reads(CrossEntropy):
+        def __call__(self, signals):
+            ce = super().__call__(signals)["ce"]
+            return {"ce": ce * (1 if ce.item() > 0 else 2)}
+
+    one = trainer(Reads(), compile="graph")
+    data = batches(WARM_UP + 1)
+    for batch in data[:-1]:
+        one.train_step(*batch)
+    with pytest.raises(
+        RuntimeError, match=r'compile="graph" cannot record the step: _local_scalar_dense.*item'
+    ):
+        one.train_step(*data[-1])
+
+
+def test_a_callback_sees_each_step_once(stand_in):
+    class Steps(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step(self, trainer, parts):
+            self.seen.append((trainer.step, parts["ce"].item()))
+
+    steps = Steps()
+    trainer(callbacks=[steps], compile="graph").fit(batches(LAG + 3), epochs=1)
+    assert [number for number, _ in steps.seen] == list(range(1, LAG + 4))
+    assert len({loss for _, loss in steps.seen}) == LAG + 3
