@@ -285,20 +285,22 @@ class DecoupledKD(Objective):
         teacher = same_classes(signals.scores, signals.teacher_logits, "DecoupledKD")
         if teacher.shape[1] < 2:
             raise ValueError("DecoupledKD needs at least 2 classes, the student has 1")
-        label = F.one_hot(signals.labels, teacher.shape[1]).bool()
+        labels = signals.labels[:, None]
+        index = torch.arange(teacher.shape[1] - 1, device=labels.device)
+        index = index + (index >= labels)  # of the classes but the label; a mask would be read by the host
         tau, rise = self.temperature, self.warmup * signals.epochs
         weight = tau**2 * (min(1.0, (signals.epoch + 1) / rise) if rise else 1.0)
-        sure = [self._label_or_not(z / tau, label) for z in (teacher, signals.scores)]
-        others = [z[~label].view(len(z), -1) for z in (teacher, signals.scores)]
+        sure = [self._label_or_not(z / tau, labels) for z in (teacher, signals.scores)]
+        others = [z.gather(1, index) for z in (teacher, signals.scores)]
         tckd = (sure[0].exp() * (sure[0] - sure[1])).sum(1).mean()
         nckd = divergence(others[0], others[1], tau).mean()
         return {"target_kd": self.alpha * weight * tckd, "other_kd": self.beta * weight * nckd}
 
     @staticmethod
-    def _label_or_not(z: Tensor, label: Tensor) -> Tensor:
+    def _label_or_not(z: Tensor, labels: Tensor) -> Tensor:
         """Log probabilities of the label and of all other classes together, ``[N, 2]``."""
         log_p = F.log_softmax(z, dim=1)
-        return torch.stack([log_p[label], log_p.masked_fill(label, -math.inf).logsumexp(1)], 1)
+        return torch.cat([log_p.gather(1, labels), log_p.scatter(1, labels, -math.inf).logsumexp(1, True)], 1)
 
 
 @dataclass(repr=False)

@@ -60,6 +60,6 @@ class SpikeKD(Objective):
     def _counts(self, potentials: Tensor) -> Tensor:
         """Compute the inputs of the output neurons by window, normalized over the classes, ``[W, N, K]``."""
         ends = [round(len(potentials) * (w + 1) / self.windows) - 1 for w in range(self.windows)]
-        reached = potentials[ends].float()
+        reached = torch.stack([potentials[end] for end in ends]).float()
         received = torch.diff(reached, dim=0, prepend=torch.zeros_like(reached[:1]))
         return F.normalize(received, dim=2)

@@ -243,7 +243,8 @@ class Synergy(_PerStep):
         """``{"synergy": alpha * KL}``."""
         z = step_logits(signals)
         confidence = F.softmax(z.detach(), dim=2).amax(2).mean(1)
-        strong, weak = z[confidence.argmax()], z[confidence.argmin()]
+        # an index that is a tensor of one element would be read by the host
+        strong, weak = (z.index_select(0, of(confidence, 0, True))[0] for of in (torch.argmax, torch.argmin))
         target, student = (strong, weak) if self.direction == "S2W" else (weak, strong)
         each = divergence(target.detach(), student.unsqueeze(0), self.temperature)
         return {"synergy": self.alpha * each.mean()}
