@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run what needs a GPU, in parts with a time limit each:  benchmarks/on_gpu.sh first|train|more OUT
 #
-#   first  3 minutes   kernel tests, a layer of neurons, training steps, memcheck of a few tests
+#   first  3 minutes   tests of kernels and recorded steps, a layer of neurons, training steps, memcheck
 #   train  7 minutes   stage 3 of 3Conv2Linear on CIFAR-10 (stage3.py); needs DATA
 #   more   10 minutes  more training steps and tests, compute-sanitizer on all kernel tests
 #
@@ -76,10 +76,12 @@ END
 
 pytest=("$python" -m pytest -p no:cacheprovider)
 kernels=(tests/neurons/test_cuda.py -k device)
+graph=(tests/training/test_graph.py -k "cuda or synchronises")
 few=(tests/neurons/test_cuda.py -k "device and (no_neurons or layouts or every_size)")
 toy=()
 if [ "$device" = cpu ]; then
     kernels=(tests/neurons/test_cuda.py -k width_keeps)
+    graph=(tests/training/test_graph.py -k "stand-in-hybrid-True or synchronises")
     few=("${kernels[@]}")
     toy=(--width 0.05 --T 2 --batch 2 --runs 1 --no-memory)
 fi
@@ -97,6 +99,7 @@ sanitize() {  # sanitize TOOL SECONDS TESTS...
 case $part in
     first)
         step kernels 60 "${pytest[@]}" "${kernels[@]}"
+        step graph 40 "${pytest[@]}" "${graph[@]}" --show-capture=no
         if [ "$device" = cuda ]; then
             step neuron 40 "$python" benchmarks/neuron.py --device cuda --dtypes float32 bfloat16 --runs 11
             step train_step 90 "$python" benchmarks/train_step.py --device cuda --width 1 --runs 5 \

@@ -80,7 +80,7 @@ class Recipe:
     batch: int = 16
     weight_decay: float = 5e-4
     amsgrad: bool = False
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     validate_every: int = 1
     seed: int = 0
     workers: int = 0
@@ -149,7 +149,7 @@ class ReverseRecipe:
     default_temperature: float = 20.0
     default_alpha: float = 0.1
     default_soften: Literal["probability", "log"] = "probability"
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     validate_every: int = 1
     seed: int = 0
     workers: int = 0

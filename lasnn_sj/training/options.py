@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -19,10 +19,14 @@ class TrainingOptions:
 
     Args:
         precision: of convolutions and linear layers: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with
-            scaled gradients; potentials, maps and losses are float32 in each.
+            scaled gradients; potentials, maps and losses are float32 in each. On CUDA ``"float32"`` leaves
+            PyTorch's flags alone, which by default use TF32 (10 bits of mantissa) in convolutions but not in
+            linear layers; ``"tf32"`` uses it in both while a step runs. On a CPU both are float32.
         compile: ``True`` runs the student's pass through ``torch.compile``; the first steps take minutes.
-            ``"graph"`` records its forward and backward pass as CUDA graphs instead, within seconds, and
-            needs a CUDA device; batches of another size are recorded again.
+            ``"graph"`` records a whole step, update included, as one CUDA graph within seconds and replays
+            it. It needs a CUDA device, a single process, a fused optimizer, and memory for the recording.
+            Python code of encoder, networks and objective then runs only at the recording, which is made
+            anew in each epoch; a batch smaller than the largest one so far runs without the graph.
         accumulate: split each batch into this many pieces, run one after the other, and add their
             gradients: the same step in less memory (except with batch norm, which sees a piece).
         time_chunks: run the time steps in this many pieces and keep only the neurons' state between them:
@@ -45,7 +49,7 @@ class TrainingOptions:
         ValueError: a value out of range.
     """
 
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["graph"] = False
     accumulate: int = 1
     time_chunks: int = 1

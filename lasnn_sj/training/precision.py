@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,32 @@ class MixedPrecision:
     """Autocast, gradient scaling of float16, gradient clipping, and the optimiser's step.
 
     Args:
-        name: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        name: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"``.
         device: where training runs.
         options: their ``clip_norm`` is read at each step.
     """
 
     def __init__(self, name: str, device: torch.device, options: TrainingOptions) -> None:
         self.dtype, self.device, self.options = DTYPES[name], device, options
+        self.uses_tf32 = name == "tf32"
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
         """Context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=wanted and self.dtype is not None)
+
+    @contextmanager
+    def tf32(self) -> Iterator[None]:
+        """Context of a whole step: with ``"tf32"`` it sets PyTorch's two flags, otherwise it leaves them."""
+        flags = (torch.backends.cudnn, torch.backends.cuda.matmul) if self.uses_tf32 else ()
+        before = [flag.allow_tf32 for flag in flags]
+        try:
+            for flag in flags:
+                flag.allow_tf32 = True
+            yield
+        finally:
+            for flag, value in zip(flags, before):
+                flag.allow_tf32 = value
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss' gradients to the parameters'."""

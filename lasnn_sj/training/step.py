@@ -117,7 +117,7 @@ class TrainingStep:
         """
         self._weight = weight
         try:
-            with self.checking():
+            with self.checking(), self.trainer.mixed_precision.tf32():
                 if self.late:
                     self.prepare(images, labels)
                     # A label out of range, which is not read yet, would stop the device.

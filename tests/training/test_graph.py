@@ -100,11 +100,13 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        return "cuda"
+        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            yield "cuda"
+        return
     monkeypatch.setattr(TrainingStep, "late_on_cpu", True)
     monkeypatch.setattr(GraphedStep, "recorder", CpuRecorder)
     monkeypatch.setattr(CpuRecorder, "made", [])
-    return "cpu"
+    yield "cpu"
 
 
 class SmallTeacher(nn.Module):
@@ -192,13 +194,12 @@ CASES = [
 def test_recorded_steps_are_the_plain_ones(method, batch_norm, options, device, tmp_path):
     """Weights, logged numbers and files, with a short last batch and a learning rate that changes."""
     data, results = batches(LAG + 2, last=3, device=device), []
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        for compiled in (False, "graph"):
-            folder = tmp_path / str(compiled)
-            shared = {"device": device, "compile": compiled} | options
-            one = trainer(METHODS[method](), student(batch_norm), folder, **shared)
-            one.fit(data, epochs=2)
-            results.append((weights(one), rows(one), (folder / "steps.csv").read_text()))
+    for compiled in (False, "graph"):
+        folder = tmp_path / str(compiled)
+        shared = {"device": device, "compile": compiled} | options
+        one = trainer(METHODS[method](), student(batch_norm), folder, **shared)
+        one.fit(data, epochs=2)
+        results.append((weights(one), rows(one), (folder / "steps.csv").read_text()))
     if device == "cuda":
         for name, expected in results[0][0].items():
             torch.testing.assert_close(results[1][0][name], expected, rtol=1e-3, atol=1e-4)

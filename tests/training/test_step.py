@@ -179,6 +179,35 @@ class Scores(nn.Module):
         return self.net(x).mean((3, 4))
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", {(True, True)}), ("float32", {(False, False)})])
+def test_tf32_is_set_for_a_whole_step_and_only_then(precision, expected):
+    flags, seen = (torch.backends.cudnn, torch.backends.cuda.matmul), []
+
+    def now(*_):
+        seen.append(tuple(flag.allow_tf32 for flag in flags))
+
+    class Watched(CrossEntropy):
+        def __call__(self, signals):
+            now()
+            signals.scores.register_hook(now)
+            return super().__call__(signals)
+
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        trainer = make(attention=None, objective=Watched(), precision=precision)
+        trainer.optimizer.register_step_pre_hook(now)
+        trainer.train_step(X, Y)
+        assert len(seen) == 3
+        assert set(seen) == expected
+        now()
+        assert seen[-1] == (False, False)
+    finally:
+        for flag, value in zip(flags, before):
+            flag.allow_tf32 = value
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_student_learns_in_half_precision_with_all_switches_together(precision, tmp_path):
     images = torch.cat([X, X])
@@ -248,7 +277,7 @@ def test_switches_that_do_not_go_together():
         with pytest.raises(ValueError, match=f"{name} must be"):
             make(**{name: value})
     with pytest.raises(
-        ValueError, match='precision must be "float32", "bfloat16" or "float16", got \'half\''
+        ValueError, match='precision must be "float32", "tf32", "bfloat16" or "float16", got \'half\''
     ):
         make(precision="half")
     with pytest.raises(ValueError, match='on_nonfinite must be "stop" or "skip"'):
