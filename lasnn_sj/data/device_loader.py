@@ -61,6 +61,26 @@ class DeviceLoader:
         self.generator = torch.Generator(device).manual_seed(seed)
         self._signed = transforms(images.shape[-1], augment=False)
 
+    @classmethod
+    def of(
+        cls, dataset: Dataset, batch_size: int, device: torch.device, *, shuffle: bool = False, seed: int = 0
+    ) -> DeviceLoader | None:
+        """Return a loader that augments as the data set's own transform does.
+
+        Returns:
+            ``None`` where the images are not in memory, or their transform is not one of
+            :func:`~lasnn_sj.data.transforms`.
+        """
+        source = dataset
+        while isinstance(source, Subset):
+            source = source.dataset
+        if not isinstance(source, Images):
+            return None
+        for augment in (False, True):
+            if repr(source.transform) == repr(transforms(source.images.shape[-1], augment)):
+                return cls(dataset, batch_size, device, augment=augment, shuffle=shuffle, seed=seed)
+        return None
+
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
         return -(-len(self.labels) // self.batch_size)

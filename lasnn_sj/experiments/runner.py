@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..analysis.stages import folder_name
+from ..data import DeviceLoader
 from ..runtime import distributed, files, random_state
 from ..runtime.cost import Cost
 from ..runtime.files import check_settings
@@ -26,6 +27,7 @@ from .recipes import Recipe, ReverseRecipe
 log = logging.getLogger(__name__)
 
 ABOUT = "about.json"  # class and data set of the run in a folder
+KEEPING = ("cuda",)  # types of devices on which the images of a data set are kept
 
 
 class Data(Protocol):
@@ -172,11 +174,18 @@ class Runner:
         r = self.recipe
         own = distributed.share_batch("batch", batch)
         train, held = self.data.loaders(own, r.workers, seed=r.seed)
-        validation = None if self.data.validation is None else held
+        train = self._on_device(train, shuffle=True, seed=r.seed)
+        validation = None if self.data.validation is None else self._on_device(held)
         history = trainer.fit(train, validation, epochs, r.validate_every)
         path = trainer.run_dir / "weights.safetensors"
         distributed.by_main(lambda: save_weights(path, trainer.student))
         return {"seconds_per_epoch": statistics.median(row["seconds"] for row in history)}
 
-    def _test(self, batch: int) -> DataLoader:
-        return self.data.test_loader(batch, self.recipe.workers)
+    def _test(self, batch: int) -> DataLoader | DeviceLoader:
+        return self._on_device(self.data.test_loader(batch, self.recipe.workers))
+
+    def _on_device(self, loader: DataLoader, **order: object) -> DataLoader | DeviceLoader:
+        """Return a loader of the same images that keeps them on the device; the same one on a CPU."""
+        if self.device.type not in KEEPING or distributed.world_size() > 1:
+            return loader
+        return DeviceLoader.of(loader.dataset, loader.batch_size, self.device, **order) or loader

@@ -136,3 +136,19 @@ def test_errors_name_the_argument():
             DeviceLoader(dataset(), batch_size, "cpu")
     with pytest.raises(ValueError, match="at least one image"):
         DeviceLoader(Subset(dataset(), []), 4, "cpu")
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_loader_augments_as_the_data_set_does(augment):
+    data = dataset()
+    data.transform = transforms(8, augment)
+    loader = DeviceLoader.of(Subset(Subset(data, range(9)), range(5)), 4, torch.device("cpu"), seed=3)
+    assert (loader.augment, loader.shuffle, len(loader.labels)) == (augment, False, 5)
+    assert loader.generator.initial_seed() == 3
+
+
+def test_other_transforms_and_data_sets_are_left_to_a_data_loader():
+    data = dataset()
+    data.transform = transforms(16, augment=True)
+    assert DeviceLoader.of(data, 4, torch.device("cpu")) is None
+    assert DeviceLoader.of(torch.utils.data.TensorDataset(data.images), 4, torch.device("cpu")) is None

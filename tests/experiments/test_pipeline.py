@@ -3,15 +3,20 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from spikingjelly.activation_based.layer import Dropout
 
 from lasnn_sj import models
+from lasnn_sj.data import DeviceLoader
 from lasnn_sj.data import images as data
+from lasnn_sj.experiments import runner
 from lasnn_sj.experiments.pipeline import DEFAULT as STAGES
 from lasnn_sj.experiments.pipeline import Pipeline, Recipe, lr_factor, table
 from lasnn_sj.experiments.recipes import described, rathi
@@ -329,3 +334,39 @@ def test_the_preset_of_rathi_et_al(digits, tmp_path):
 ])  # fmt: skip
 def test_learning_rates_of_four_epochs_by_hand(schedule, wanted):
     assert [lr_factor(schedule, 4, epoch) for epoch in range(4)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_images_kept_on_a_device_train_and_resume(digits, tmp_path, monkeypatch):
+    """Forced on the CPU; each epoch has each image once, and an interrupted stage goes on to the bit."""
+    monkeypatch.setattr(runner, "KEEPING", ("cpu",))
+    plain = DeviceLoader.__iter__
+    used, batches, stop = [], [], [None]
+
+    def watched(self):
+        used.append((self.augment, self.shuffle, self.batch_size, len(self.labels)))
+        for batch in plain(self):
+            batches.append(batch)
+            if len(batches) == stop[0]:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(DeviceLoader, "__iter__", watched)
+    recipe = dataclasses.replace(TINY, ann_epochs=2, teacher_epochs=0)
+    whole = Pipeline(recipe, digits, tmp_path / "whole").run(["ann"])
+    assert set(used) == {(False, True, 16, 256), (False, False, 100, 100), (False, False, 100, 64)}
+    first, second = batches[:16], batches[17:33]
+    assert not torch.equal(first[0][1], second[0][1])
+    everything = [torch.cat([labels for _, labels in epoch]).sort().values for epoch in (first, second)]
+    assert torch.equal(*everything)
+
+    batches.clear()
+    stop[0] = 21  # within the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(recipe, digits, tmp_path / "again").run(["ann"])
+    stop[0] = None
+    again = Pipeline(recipe, digits, tmp_path / "again").run(["ann"])
+    assert again["ann"]["top1"] == whole["ann"]["top1"]
+    ours, theirs = (load_file(tmp_path / name / "ann" / "weights.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    net = Pipeline(recipe, digits, tmp_path / "whole").student("ann")
+    assert evaluate(net, digits.test_loader(100))["top1"] == whole["ann"]["top1"]  # of the same test images
