@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .op import _operation
 from .sparse import nonzero_density, sparse_product
 
-# The sparse product of a matrix of this density takes at most 0.8 of the dense one's time, if the result is
-# large: the dense matrix is copied in tiles, which takes as long as the product for COPYING rows, and the
-# nonzero values are listed, which takes long where the result has fewer columns than COLUMNS.
+# The sparse product of a matrix of this density takes 0.8 of the dense one's time if the result is large, and
+# as long if it has COLUMNS. The dense matrix is copied in tiles, which takes as long as the product for
+# COPYING rows; the nonzero values are listed, which takes long where the result has few columns.
 DENSEST, COPYING, COLUMNS = 0.35, 24, 256
 TRANSPOSING = 0.1  # density for which the sparse product takes as long as transposing a weight gradient
 SMALLEST = 1 << 24  # multiplications; the calls themselves take a large part of less
