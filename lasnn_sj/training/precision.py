@@ -97,10 +97,14 @@ class MixedPrecision:
                 parameters, self.options.clip_norm, torch.linalg.vector_norm(norms)
             )
         optimizer.grad_scale, optimizer.found_inf = None, skip.float()
+        first = [p for p in parameters if p not in optimizer.state]
         try:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf
+        for momentum in (optimizer.state[p].get("momentum_buffer") for p in first):
+            if momentum is not None:  # SGD's, which a first step that is skipped leaves without values
+                momentum.copy_(torch.where(skip, 0, momentum))
 
 
 def add_missing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:

@@ -205,6 +205,23 @@ def test_a_skipped_step_changes_nothing(kind, batch_norm, monkeypatch):
     assert results[1][2:] == (1, LAG + 8)
 
 
+def test_a_first_step_that_is_skipped_leaves_no_momentum(late):
+    """PyTorch's fused SGD creates its buffers without values and does not fill them in a skipped step."""
+    results = []
+    for first in (1.0, torch.nan):
+        one = trainer(objective=CrossEntropy(), on_nonfinite="skip")
+        one.optimizer = torch.optim.SGD(one.student.parameters(), 1e-2, momentum=0.9, fused=True)
+        weight = one.student.output.weight
+        weight.register_hook(lambda g, factor=first: g * factor)
+        torch.empty(1000, 1000).fill_(torch.nan)  # memory that buffers without values may get
+        one.train_step(*batches(1)[0])
+        list(one._step.errors(one._direct))
+        momenta = [state["momentum_buffer"].abs().sum().item() for state in one.optimizer.state.values()]
+        results.append(momenta)
+    assert all(results[0])
+    assert results[1] == [0.0] * len(results[0])
+
+
 @pytest.mark.parametrize("at", [3, LAG + 2])
 def test_an_interrupted_run_resumes_to_the_bit(at, late, tmp_path):
     data = batches(LAG + 9)
