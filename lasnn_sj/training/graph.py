@@ -106,8 +106,8 @@ class GraphedStep:
         """
         self._set_rates()
         if self._images is None or images.numel() > self._images.numel():
-            self._images, self._labels = torch.empty_like(images), torch.empty_like(labels)
-            self._settings, self._warm = None, 0
+            self.close()
+            self._images, self._labels, self._warm = torch.empty_like(images), torch.empty_like(labels), 0
         fits = images.shape == self._images.shape and images.dtype == self._images.dtype
         if not fits or self._warm < WARM_UP:
             self._warm += fits
