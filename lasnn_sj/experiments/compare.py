@@ -414,11 +414,14 @@ def _plot(run: Comparison, results: Results, path: Path) -> None:
     for row in rows:
         curves = torch.tensor([r["top1_over_time"] for r in results[row].values() if "top1_over_time" in r])
         if len(curves):
-            right.plot(range(1, curves.shape[1] + 1), curves.mean(0), color=colours[row], label=row)
+            style = ("-", "--", ":")[int(colours[row][1:]) // 10 % 3]  # colours repeat after ten
+            right.plot(
+                range(1, curves.shape[1] + 1), curves.mean(0), color=colours[row], linestyle=style, label=row
+            )
     right.set(xlabel="time steps t", ylabel=f"top-1 %, {run.judge} images")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     if right.lines:  # before the first row is finished there is none
-        right.legend(fontsize="small")
+        right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(run.title(), fontsize="small")
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)

@@ -230,6 +230,7 @@ class Pipeline(Runner):
 
             def make() -> None:
                 path.parent.mkdir(exist_ok=True)
+                files.remove_parts(path.parent, files.ABANDONED)
                 if not self.converts:
                     save_weights(path, self._build_snn())
                     return

@@ -95,7 +95,10 @@ def save(folder: Path, number: int, weights: Mapping[str, Tensor], state: Mappin
     kept = [path for path in _complete(folder) if path.name <= final.name][-KEPT:]
     for path in _complete(folder):
         if path not in kept:
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # the new one is whole; the next tries again
+                log.warning("the older checkpoint %s could not be removed (%s)", path, error)
     return final
 
 

@@ -94,6 +94,21 @@ def test_a_stage_without_result_runs_again(finished, digits):
     assert again["converted_10T"]["top1"] == results["converted_10T"]["top1"]
 
 
+@pytest.mark.parametrize("stage", ["converted", "start"])
+def test_what_a_process_left_that_was_killed_as_it_made_a_network_is_removed(
+    finished, digits, tmp_path, stage
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / stage / "weights.safetensors").unlink()
+    left = folder / stage / ".weights.safetensors.abc.part"
+    left.write_text("half")
+    os.utime(left, (1e9, 1e9))
+    Pipeline(TINY, digits, folder).student(stage)
+    assert not left.exists()
+    assert (folder / stage / "weights.safetensors").exists()
+
+
 class Shifted(torch.utils.data.Dataset):
     """Images that are augmented: each time a little brighter or darker."""
 

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import zipfile
 
@@ -41,6 +42,25 @@ def test_two_are_kept_and_the_newest_is_taken(tmp_path):
         save(tmp_path, number, state={"number": number})
     assert names(tmp_path) == ["00000002", "00000010"]
     assert checkpoint.load_latest(tmp_path)[2] == {"number": 10}
+
+
+def test_an_older_one_that_cannot_be_removed_is_named_and_the_new_one_is_whole(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    remove = shutil.rmtree
+
+    def fails(path, **kwargs):
+        if path.name == "00000001":
+            raise OSError(5, "Input/output error", "manifest.json")
+        remove(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fails)
+        save(tmp_path, 3)
+    assert f"the older checkpoint {tmp_path / '00000001'} could not be removed" in caplog.text
+    assert checkpoint.load_latest(tmp_path)[0].name == "00000003"
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["00000003", "00000004"]
 
 
 def test_a_number_again_replaces_it_and_higher_ones_are_of_a_run_that_went_back(tmp_path):
