@@ -271,7 +271,7 @@ def content(folder: Path) -> dict[str, object]:
             continue
         if (
             path.name == "run.lock"
-        ):  # stays after a kill behind the last result; the next writer takes it over
+        ):  # stays after a kill behind the last result
             continue
         if path.parent.parent.name == "checkpoints" and path.parent.name.isdigit():
             if path.parent.name != newest[str(path.parent.parent)] or path.name == "manifest.json":
