@@ -269,9 +269,7 @@ def content(folder: Path) -> dict[str, object]:
     for name, path in files.items():
         if "tensorboard" in path.parts:
             continue
-        if (
-            path.name == "run.lock"
-        ):  # stays after a kill behind the last result
+        if path.name == "run.lock":  # stays after a kill behind the last result
             continue
         if path.parent.parent.name == "checkpoints" and path.parent.name.isdigit():
             if path.parent.name != newest[str(path.parent.parent)] or path.name == "manifest.json":
