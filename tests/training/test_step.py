@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from options import with_options
+from processes import together
 from safetensors.torch import load_file
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
@@ -14,7 +15,7 @@ from lasnn_sj import Callback, DirectEncoder, PoissonEncoder, models
 from lasnn_sj.distillation import Attention, CrossEntropy, Sum
 from lasnn_sj.distillation.taps import ChunkTaps, StudentTaps
 from lasnn_sj.models.readout import BatchError
-from lasnn_sj.neurons import LIFNode
+from lasnn_sj.neurons import LIFNode, convolution, linear
 from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.forward import StudentForward
 from lasnn_sj.training.nonfinite import NonFiniteError
@@ -370,3 +371,42 @@ def test_the_first_layer_that_is_not_finite_is_named(student):
     with pytest.raises(NonFiniteError, match=rf"not finite.*first in {name}$") as raised:
         trainer.train_step(X, Y)
     assert raised.value.layer == name
+
+
+@pytest.mark.parametrize(("time_chunks", "processes"), [(1, 1), (2, 1), (1, 2)])
+def test_layers_that_leave_zeros_out_train_as_dense_ones(time_chunks, processes, monkeypatch):
+    """With taps, dropout masks, pieces of time, and two processes; a flipped spike may change a digit."""
+    calls = []
+    for module, names in (
+        (linear, ["sparse_product"]),
+        (convolution, ["sparse_convolution", "sparse_weight_gradient"]),
+    ):
+        for name in names:
+            kernel = getattr(module, name)
+            noted = lambda a, b, kernel=kernel: calls.append(kernel.__name__) or kernel(a, b)  # noqa: E731
+            monkeypatch.setattr(module, name, noted)
+
+    def step(rank=0):
+        torch.manual_seed(0)
+        net = models.conv3_linear2(K, in_channels=1, image_size=8, width=0.5, dropout=0.2)
+        teacher = models.teacher_resnet20(K, in_channels=1, width=0.125).eval()
+        encoder = PoissonEncoder(T, torch.Generator().manual_seed(1))
+        objective, options = Sum((CrossEntropy(), Attention())), TrainingOptions(time_chunks=time_chunks)
+        trainer = Trainer(net, objective, teacher=teacher, encoder=encoder, seed=0, options=options)
+        parts = trainer.train_step(X, Y).parts
+        return float(parts["attention"]), torch.cat([p.grad.flatten() for p in net.parameters()]), set(calls)
+
+    def run():
+        return together(step)[0] if processes > 1 else step()
+
+    dense = run()
+    assert not dense[2]
+    for name, value in {"SMALLEST": 1, "DENSEST": 0.9, "COPYING": 0, "COLUMNS": 1}.items():
+        monkeypatch.setattr(linear, name, value)
+    for name, value in {"SMALLEST": 1, "OUTPUT": 0.9, "WEIGHT": 0.9, "PIXELS": 1}.items():
+        monkeypatch.setattr(convolution, name, value)
+    sparse = run()
+    assert sparse[2] == {"sparse_product", "sparse_convolution", "sparse_weight_gradient"}
+    assert sparse[0] == pytest.approx(dense[0], rel=1e-3)
+    assert float(torch.cosine_similarity(sparse[1], dense[1], dim=0)) > 0.999
+    assert float(sparse[1].norm() / dense[1].norm()) == pytest.approx(1, abs=0.01)
