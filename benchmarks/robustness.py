@@ -238,7 +238,8 @@ def hostile(examples: int) -> dict[str, int]:
     kinds = (
         Path(__file__).parents[1].joinpath("tests", "test_hostile_files.py").read_text().count("\n@many\n")
     )
-    return {"cases": examples * kinds, "lost": int(_pytest("tests/test_hostile_files.py") != 0)}
+    failed = _pytest("-n", "auto", "--dist", "load", "tests/test_hostile_files.py") != 0
+    return {"cases": examples * kinds, "lost": int(failed)}
 
 
 def faults_by_kind(kills: int, others: int, jobs: int, minutes: float) -> list[dict[str, object]]:
@@ -253,8 +254,8 @@ def faults_by_kind(kills: int, others: int, jobs: int, minutes: float) -> list[d
     return [whole[fault] for fault in faults.FAULTS if fault in whole]
 
 
-def _pytest(*tests: str) -> int:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+def _pytest(*arguments: str) -> int:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-3000:])
@@ -325,7 +326,8 @@ def memory_of(T: int, chunks: int) -> dict[str, float]:
         if hasattr(module, "v_threshold"):
             module.v_threshold = 0.4
     teacher = models.teacher_resnet20(10).eval()
-    trainer = LaSNNTrainer(net, teacher, encoder=PoissonEncoder(T), time_chunks=chunks)
+    options = TrainingOptions(time_chunks=chunks)
+    trainer = LaSNNTrainer(net, teacher, encoder=PoissonEncoder(T), options=options)
     x, y = torch.rand(16, 3, 32, 32) * 2 - 1, torch.arange(16) % 10
     trainer.prepare(x[:2], y[:2])
     before, seconds = peak(), []

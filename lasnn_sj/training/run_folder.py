@@ -272,7 +272,8 @@ def _head(path: Path) -> list[str]:
 
 def _columns(line: str) -> list[str]:
     found = _cells(line)
-    return found if found[: len(HEAD)] == HEAD else list(HEAD)
+    whole = found[: len(HEAD)] == HEAD and all(map(str.isprintable, found))
+    return found if whole else list(HEAD)
 
 
 def _read_steps(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -285,7 +285,8 @@ def test_an_error_releases_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["zeros", "open quote", "odd digit", "no number", "pipe", "twice", "empty", "binary"]
+    "damage",
+    ["zeros", "open quote", "odd digit", "no number", "pipe", "twice", "empty", "binary", "separator"],
 )
 def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplog, damage):
     alone = run(tmp_path / "alone")
@@ -300,6 +301,7 @@ def test_a_damaged_table_does_not_stop_the_resume_of_checkpoints(tmp_path, caplo
         "odd digit": [*whole[:2], "\u00b2,1,0.1,1,1\r\n".encode(), *whole[2:]],
         "no number": [*whole[:2], b"2,1,0.1,\x0b1,1\r\n", *whole[2:]],
         "twice": [*whole[:3], *whole[2:]],
+        "separator": [whole[0].replace(b"ce", b'"c\x1ce"'), *whole[1:]],
         "empty": [],
         "binary": [os.urandom(200)],
         "pipe": whole,
