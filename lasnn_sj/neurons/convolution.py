@@ -10,7 +10,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from .linear import SMALLEST, may_take
+from .linear import SMALLEST, differentiate, may_take
 from .op import _operation
 from .sparse import nonzero_density
 from .sparse_convolution import sparse_convolution, sparse_weight_gradient
@@ -84,17 +84,7 @@ def _density(t: Tensor) -> float:
     return nonzero_density(t.permute(0, 2, 3, 1).reshape(len(t), -1))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, g):
-    needs_x, needs_weight = ctx.needs_input_grad
-    g_x, g_weight = _convolution_backward(g, *ctx.saved_tensors, needs_x, needs_weight)
-    return g_x if needs_x else None, g_weight if needs_weight else None
-
-
-_convolution.register_autograd(_backward, setup_context=_setup_context)
+differentiate(_convolution, _convolution_backward)
 
 
 class Conv2d(layer.Conv2d):

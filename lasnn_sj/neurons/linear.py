@@ -10,6 +10,7 @@ import llvmlite.binding
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .op import _operation
@@ -85,17 +86,20 @@ def _(g, x, weight, needs_x, needs_weight):
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+def differentiate(product: CustomOpDef, backward: CustomOpDef) -> None:
+    """Let ``backward(g, x, weight, needs_x, needs_weight)`` give the gradients of ``product(x, weight)``."""
+
+    def keep(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gradients(ctx, g):
+        found = backward(g, *ctx.saved_tensors, *ctx.needs_input_grad)
+        return tuple(one if needed else None for one, needed in zip(found, ctx.needs_input_grad))
+
+    product.register_autograd(gradients, setup_context=keep)
 
 
-def _backward(ctx, g):
-    needs_x, needs_weight = ctx.needs_input_grad
-    g_x, g_weight = _linear_backward(g, *ctx.saved_tensors, needs_x, needs_weight)
-    return g_x if needs_x else None, g_weight if needs_weight else None
-
-
-_linear.register_autograd(_backward, setup_context=_setup_context)
+differentiate(_linear, _linear_backward)
 
 
 class Linear(layer.Linear):
