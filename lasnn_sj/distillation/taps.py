@@ -40,7 +40,12 @@ class _Taps:
             self._values.setdefault(name, []).append(value)
             return output
 
+        hook.reads_output = self.reads_output(name)
         return hook
+
+    def reads_output(self, name: str) -> bool:
+        """Return whether a module's output is needed, and not only what it records."""
+        return True
 
     def read(self, name: str, module: nn.Module, output: Tensor) -> tuple[object, Tensor | None]:
         """Return the value to keep of a module's output, and the output to pass on."""
@@ -100,6 +105,10 @@ class StudentTaps(_Taps):
         self._nodes = {name: m for name, m in modules.items() if isinstance(m, TimeLoopNode)}
         self._before: list[tuple[tuple[str, ...], bool]] = []
         super().__init__(student, list(self._readings))
+
+    def reads_output(self, name: str) -> bool:
+        """Return whether spikes are wanted, or the module is no node that records the readings."""
+        return name not in self._nodes or "spikes" in self._readings[name]
 
     def read(self, name: str, module: nn.Module, output: Tensor) -> tuple[dict[str, Tensor], None]:
         """Return the readings of a module, by name."""
@@ -164,6 +173,10 @@ class ChunkTaps(StudentTaps):
             for name in mapped
             if name in self._nodes
         ]
+
+    def reads_output(self, name: str) -> bool:
+        """Return whether the module's spikes are needed to go on with a trace."""
+        return "activation_map" in self._readings[name] or super().reads_output(name)
 
     def no_traces(self) -> list[None]:
         """Return the traces before the first piece."""

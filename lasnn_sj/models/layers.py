@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import neurons
 from ..neurons import IntegratorNode, LIFNode, Linear, TimeLoopNode
+from ..neurons.nodes import output_is_read
 
 
 class Conv2d(neurons.Conv2d):
@@ -145,21 +146,58 @@ class Unit(nn.Module):
         super().__init__()
         self.weights, self.neuron, self.dropout = weights, neuron, dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Take and return ``[N, ...]`` in an ANN, ``[T, N, ...]`` in an SNN."""
-        return drop(self.neuron, self.dropout, self.weights(x))
+    def forward(self, x: Tensor, pool: bool = False) -> Tensor:
+        """Take and return ``[N, ...]`` in an ANN, ``[T, N, ...]`` in an SNN; ``pool`` as in :func:`drop`."""
+        return drop(self.neuron, self.dropout, self.weights(x), pool)
+
+    def may_pool(self) -> bool:
+        """Return whether the neuron's time loop may average its spikes: nothing else reads them."""
+        if not (isinstance(self.neuron, TimeLoopNode) and self.neuron.may_pool()):
+            return False
+        folds = isinstance(self.dropout, (nn.Identity, layer.Dropout))
+        return folds and not (output_is_read(self) or output_is_read(self.dropout))
 
 
-def drop(neuron: nn.Module, dropout: nn.Module, x: Tensor) -> Tensor:
-    """Return ``dropout(neuron(x))``; in multi-step mode the neuron's time loop applies the mask."""
+def drop(neuron: nn.Module, dropout: nn.Module, x: Tensor, pool: bool = False) -> Tensor:
+    """Return ``dropout(neuron(x))``; in multi-step mode the neuron's time loop applies the mask.
+
+    ``pool`` lets the time loop also average 2x2 pixels; see :meth:`Unit.may_pool`.
+    """
+    options = {"pool": True} if pool else {}
     folds = isinstance(neuron, TimeLoopNode) and isinstance(dropout, layer.Dropout)
     if not (folds and neuron.step_mode == "m"):
-        return dropout(neuron(x))
+        return dropout(neuron(x, **options))
     if not dropout.training:
-        return neuron(x)
+        return neuron(x, **options)
     if dropout.mask is None:
         dropout.mask = dropout.create_mask(x[0])
-    return neuron(x, mask=dropout.mask)
+    return neuron(x, mask=dropout.mask, **options)
+
+
+class Features(nn.Sequential):
+    """Units and pools in order; a unit's time loop computes the average pool that follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and return ``[N, C, H, W]`` in an ANN, ``[T, N, C, H, W]`` in an SNN."""
+        modules = list(self)
+        done = None
+        for module, after in zip(modules, [*modules[1:], None]):
+            if module is done:
+                continue
+            if isinstance(module, Unit) and module.may_pool() and _is_plain_pool(after):
+                x, done = module(x, pool=True), after
+            else:
+                x = module(x)
+        return x
+
+
+def _is_plain_pool(module: nn.Module | None) -> bool:
+    """Return whether a module is an average pool of 2x2 pixels that no hook reads."""
+    if type(module) is not layer.AvgPool2d or output_is_read(module) or module._forward_pre_hooks:
+        return False
+    sizes = {2, (2, 2)}
+    plain = module.kernel_size in sizes and module.stride in sizes and module.padding in {0, (0, 0)}
+    return plain and module.divisor_override is None and module.step_mode == "m"
 
 
 def scaled(channels: int, width: float) -> int:

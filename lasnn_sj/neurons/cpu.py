@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import (
-    ATAN_ANGLE,
     BACKWARD,
     FORWARD,
-    NO_SLOPE,
-    SIGMOID_ANGLE,
     backward_kernel,
     backward_scratch,
-    decoded,
     forward_kernel,
     forward_scratch,
 )
 from .dynamics import LoopParameters, Reset, Shape
 from .lanes import HAS_HALVES, WIDTH
-from .layout import empty_bits, empty_sequence
+from .layout import empty_bits, empty_pooled, empty_sequence
 from .memory import advise_huge_pages
+from .slopes import ATAN_ANGLE, NO_SLOPE, SIGMOID_ANGLE, decoded
 from .threads import run
 
 BLOCK = 65536  # neurons that run together: their state fits the second-level cache
@@ -34,26 +31,45 @@ STREAM = 4 << 20  # bytes of a result above which it is evicted from the cache b
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # in lanes.KINDS
 
 
-def _run(kernel: Callable[[int], None], record: np.dtype, n: int, T: int, scratch: int, *rest: float) -> int:
+def _run(
+    kernel: Callable[[int], None], record: np.dtype, n: int, T: int, scratch: int, unit: int, *rest: float
+) -> int:
     """Run a kernel on a layer of ``n`` neurons in all threads, about four pieces each.
 
     Args:
         scratch: number of floats that each thread needs for itself.
+        unit: pieces are multiples of it.
         rest: fields of the record after ``scratch_size``.
 
     Returns:
         The number of neurons whose state is not finite in the end.
     """
     threads = 1 if n * T < SERIAL else torch.get_num_threads()
-    piece = n if threads == 1 else -(-n // (4 * threads * LINE)) * LINE
+    piece = n if threads == 1 else -(-n // (4 * threads * unit)) * unit
     floats = torch.empty(min(threads, -(-n // piece)) * scratch)
     task = np.array((0, 0, 0, n, piece, floats.data_ptr(), scratch, *rest), record)
     run(kernel, task.ctypes.data, min(threads, -(-n // piece)))
     return int(task["bad"])
 
 
-def _block(most: int, n: int) -> int:
-    return min(most, -(-n // WIDTH) * WIDTH)
+def _block(most: int, n: int, unit: int) -> int:
+    return min(max(1, most // unit), -(-n // unit)) * unit
+
+
+def _pooling(step: Tensor, pooled: bool) -> tuple[int, int, int]:
+    """Return the distances of the neurons right of and below one in a channels_last step, and two rows."""
+    if not pooled:
+        return 0, 0, LINE
+    _, C, _, W = step.shape
+    return C, W * C, 2 * W * C
+
+
+def _windows(block: int, right: int, below: int) -> Tensor:
+    """Return where the windows of a block begin, sixteen channels at a time; empty if there is no pool."""
+    if not right:
+        return torch.empty(0, dtype=torch.int64)
+    places = torch.arange(0, block, WIDTH).view(-1, 2, below // right // 2, 2, right // WIDTH)
+    return places[:, 0, :, 0].contiguous()
 
 
 def _flat(t: Tensor | None, step: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -78,7 +94,7 @@ def _streamed(result: Tensor, n: int) -> bool:
 
 
 def _code(p: LoopParameters) -> int:
-    """Return the code with which :func:`~.cpu_kernels.slope_byte` keeps a step."""
+    """Return the code with which :func:`~.slopes.slope_byte` keeps a step."""
     if p.reset == Reset.HARD and not p.detach_reset:
         return {Shape.ATAN: ATAN_ANGLE, Shape.SIGMOID: SIGMOID_ANGLE}.get(p.shape, p.shape)
     return p.shape
@@ -89,7 +105,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope, fired)``.
 
-    For the backward pass ``slope`` holds a byte of :func:`~.cpu_kernels.slope_byte` for each neuron and step,
+    With ``p.pool`` the spikes are averages, see :func:`.layout.can_pool`.
+    For the backward pass ``slope`` holds a byte of :func:`~.slopes.slope_byte` for each neuron and step,
     and ``fired`` a bit; each is empty if it is not needed.
 
     Args:
@@ -104,12 +121,12 @@ def forward(
         spikes, *rest = forward(x.to(torch.float32), v, mask, p)
         return spikes.to(x.dtype), *rest
     T, n = x.shape[0], x[0].numel()
-    spikes = advise_huge_pages(empty_sequence(x, x.dtype))
+    spikes = advise_huge_pages((empty_pooled if p.pool else empty_sequence)(x, x.dtype))
     slope = empty_sequence(x, torch.uint8) if p.keep_slope else torch.empty(0, dtype=torch.uint8)
     advise_huge_pages(slope)
     fired = empty_bits(x if p.keep_fired else x[:0])
-    step = spikes[0]
-    v_T = torch.empty_like(step, dtype=torch.float32)
+    step = empty_sequence(x[:1], torch.float32)[0]
+    v_T = torch.empty_like(step)
     rate = torch.empty_like(v_T) if p.firing_rate else None
     amap = torch.empty_like(v_T) if p.activation_map else None
     if n == 0:
@@ -117,11 +134,16 @@ def forward(
     v, mask = _flat(v, step), _flat(mask, step)
     extras = mask is not None or p.firing_rate or p.activation_map
     code = _code(p) if p.keep_slope else NO_SLOPE
-    kernel = forward_kernel(KINDS[x.dtype], p.reset, code, extras, fired.numel() > 0, _streamed(spikes, n))
-    block = _block(EXTRAS_BLOCK if extras else BLOCK, n)
+    kernel = forward_kernel(
+        KINDS[x.dtype], p.reset, code, extras, fired.numel() > 0, _streamed(spikes, n), p.pool
+    )
+    right, below, unit = _pooling(step, p.pool)
+    block = _block(EXTRAS_BLOCK if extras else BLOCK, n, unit)
+    windows = _windows(block, right, below)
     bad = _run(
-        kernel, FORWARD, n, T, forward_scratch(block, extras),
-        block, T, *_addresses(x, v, mask, spikes, v_T, rate, amap, slope, fired), _row_step(x),
+        kernel, FORWARD, n, T, forward_scratch(block, extras), unit,
+        block, T, *_addresses(windows), right, below,
+        *_addresses(x, v, mask, spikes, v_T, rate, amap, slope, fired), _row_step(x),
         p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, p.scale,
     )  # fmt: skip
     if bad:
@@ -158,18 +180,23 @@ def backward(
     g_v0 = torch.empty_like(step, dtype=torch.float32)
     if n == 0:
         return g_x, g_v0
-    if g_spikes is not None and (g_spikes.dtype != dtype or g_spikes[0].stride() != step.stride()):
-        g_spikes = torch.empty_like(g_x).copy_(g_spikes)
+    if g_spikes is not None:
+        empty = empty_pooled if p.pool else empty_sequence
+        if g_spikes.dtype != dtype or g_spikes[0].stride() != empty(slope[:1], dtype)[0].stride():
+            g_spikes = empty(slope, dtype).copy_(g_spikes)
     g_step = 0 if g_spikes is None else _row_step(g_spikes)
     g_v, g_rate, g_map, v0, mask = (_flat(t, step) for t in (g_v, g_rate, g_map, v0, mask))
     extras = any(t is not None for t in (g_rate, g_map, mask)) or g_spikes is None
     code, attached = _code(p), not p.detach_reset
     slope_of, away_of = decoded(code, p.scale)
-    kernel = backward_kernel(KINDS[dtype], p.reset, code, attached, extras, _streamed(g_x, n))
-    block = _block(EXTRAS_BLOCK if extras else BLOCK, n)
+    kernel = backward_kernel(KINDS[dtype], p.reset, code, attached, extras, _streamed(g_x, n), p.pool)
+    right, below, unit = _pooling(step, p.pool)
+    block = _block(EXTRAS_BLOCK if extras else BLOCK, n, unit)
+    windows = _windows(block, right, below)
     _run(
-        kernel, BACKWARD, n, T, backward_scratch(block, extras),
-        block, T, *_addresses(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask),
+        kernel, BACKWARD, n, T, backward_scratch(block, extras), unit,
+        block, T, *_addresses(windows), right, below,
+        *_addresses(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask),
         slope_of.ctypes.data, away_of.ctypes.data, *_addresses(g_x, g_v0), g_step, p.through_trace,
         p.leak, p.gain, p.v_threshold, p.peak / 255, p.v_reset - p.v_threshold, p.scale,
     )  # fmt: skip

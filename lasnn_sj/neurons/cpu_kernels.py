@@ -14,15 +14,15 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numba
 import numpy as np
 from numba import types
 
-from . import dynamics, lanes
-from .dynamics import TRACE_DECAY, TRACE_STEPS, Reset, Shape
+from . import dynamics, lanes, slopes
+from .dynamics import TRACE_DECAY, TRACE_STEPS, Reset
 from .lanes import (
     LINE,
     WIDTH,
@@ -33,40 +33,35 @@ from .lanes import (
     fetch,
     finish_streams,
     floats,
+    inlined,
     ints,
     load,
     load_bits,
     looked_up,
-    root,
     select,
     sequence,
+    spread,
     store,
     store_bits,
     stream,
     taken,
 )
+from .slopes import NO_SLOPE, slope_byte
 
 # Floats between the rows of a block: rows a power of two apart would evict each other from the cache.
 SKEW = 80
 AHEAD = 1024  # neurons that are prefetched before they are used
 WINDOW = 64  # steps of the spike trace that the backward pass holds at a time
 
-ZERO, ONE, HALF, BYTE = np.float32(0), np.float32(1), np.float32(0.5), np.float32(255)
-FOUR, EIGHT, EIGHTH = np.float32(4), np.float32(8), np.float32(0.125)
+ZERO, ONE, QUARTER = np.float32(0), np.float32(1), np.float32(0.25)
 DECAY = np.float32(TRACE_DECAY)
-# exp(-y) and, in powers of t^2, (4 / pi) * atan(t) / t on [0, 1]: relative errors 5e-6 and 2e-4
-E1, E2, E3, E4, E5 = np.array([-0.99999815, 0.49990605, -0.16589675, 0.03942258, -0.00555601], "f4")
-A0, A1, A2, A3 = np.array([1.27296395, -0.41473753, 0.19784118, -0.05627495], "f4")
-FAR = np.float32(1e6)
 PAPER, SOFT, HARD = map(int, Reset)
-TRIANGLE, ATAN, SIGMOID, NO_SLOPE = map(int, Shape)
-ATAN_ANGLE, SIGMOID_ANGLE = NO_SLOPE + 1, NO_SLOPE + 2  # further codes of slope_byte
 
 # Numba's cache on disk notices changes of a kernel's own file and of the values that it encloses, not those
 # of the modules from which it takes constants and functions.
-_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, dynamics)))
+_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, slopes, dynamics)))
 _COUNTERS = "next seats bad "  # shared counters come first
-_TO_DO = "n piece scratch scratch_size block T "
+_TO_DO = "n piece scratch scratch_size block T windows right below "
 NEXT, SEATS, BAD = range(3)
 
 
@@ -102,9 +97,6 @@ def c_function(function: Callable, record: np.dtype) -> Callable:
     return pointer
 
 
-inlined = numba.njit(forceinline=True, error_model="numpy")
-
-
 @inlined
 def copy(target, source, count):
     """``target[:count] = source[:count]``."""
@@ -132,61 +124,9 @@ def put(pointer, numbers, streamed):
 
 
 @inlined
-def exp_minus(z):
-    """``exp(-z)`` for ``0 <= z <= 8``, as the 8th power of a polynomial."""
-    y = select(z > EIGHT, EIGHT, z) * EIGHTH
-    e = ONE + y * (E1 + y * (E2 + y * (E3 + y * (E4 + y * E5))))
-    e = e * e
-    e = e * e
-    return e * e
-
-
-@inlined
-def angle(t):
-    """``255 * (1 - phi / (pi/2))`` for the angle ``phi = 2 * atan(t)``, ``0 <= t <= 1``."""
-    w = t * t
-    return BYTE - BYTE * t * (A0 + w * (A1 + w * (A2 + w * A3)))
-
-
-@inlined
-def slope_byte(distance, code, scale):
-    """Encode the distance of the potential from the threshold in one byte, for the backward pass.
-
-    ``TRIANGLE``, ``ATAN`` and ``SIGMOID`` are the surrogate's slope in 1/255 of its peak, rounded. An
-    attached hard reset needs the distance too, which the slope hardly resolves near its peak. ``ATAN_ANGLE``
-    and ``SIGMOID_ANGLE`` are therefore an angle ``phi``, 255 at 0 and 0 at ``pi/2``, of which slope and
-    distance are smooth functions: the slope is ``cos(phi)^2`` of its peak.
-
-    Returns:
-        A number to be truncated to the byte.
-    """
-    if code == TRIANGLE:
-        byte = BYTE + HALF - BYTE * scale * distance
-        return select(byte > HALF, byte, HALF)
-    if code == ATAN:
-        z = scale * distance
-        return BYTE / (ONE + z * z) + HALF
-    if code == SIGMOID:
-        e = exp_minus(scale * distance)  # beyond z = 8 the byte is 0
-        return BYTE * FOUR * e / ((ONE + e) * (ONE + e)) + HALF
-    if code == ATAN_ANGLE:
-        z = scale * distance
-        z = select(z > FAR, FAR, z)  # so that its square is finite; the byte is 0 there
-        return angle(z / (ONE + root(ONE + z * z))) + HALF
-    e = exp_minus(HALF * scale * distance)  # tanh(z / 4) = (1 - e) / (1 + e)
-    return angle((ONE - e) / (ONE + e)) + HALF
-
-
-@lru_cache
-def decoded(code: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return slope (1/255 of its peak) and ``|v - v_threshold|`` for each byte of an attached hard reset."""
-    byte = np.arange(256.0)
-    if code == TRIANGLE:
-        return byte.astype(np.float32), ((1 - byte / 255) / scale).astype(np.float32)
-    phi = np.pi / 2 * (1 - np.maximum(byte, 0.25) / 255)  # the distance of byte 0 is not bounded
-    slope = np.where(byte > 0, 255 * np.cos(phi) ** 2, 0)
-    z = np.tan(phi) if code == ATAN_ANGLE else 4 * np.arctanh(np.tan(phi / 2))
-    return slope.astype(np.float32), (z / scale).astype(np.float32)
+def place(windows, k, q, right, below):
+    """Return the place of pixel ``q`` of the window that comes after ``k`` neurons of a block."""
+    return windows[k // (4 * WIDTH)] + (q & 1) * right + (q >> 1) * below
 
 
 @inlined
@@ -215,12 +155,18 @@ def forward_scratch(block: int, extras: bool) -> int:
 
 
 @cache
-def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, streamed: bool) -> Callable:
+def forward_kernel(
+    kind: int, reset: int, code: int, extras: bool, marks: bool, streamed: bool, pooled: bool
+) -> Callable:
     """Compile the kernel that runs pieces of a layer, for a :data:`FORWARD` task.
 
     Row ``t`` of ``x`` begins at ``t * x_step``, of ``spikes`` and ``slope`` at ``t * n``. ``mask``,
     ``rate``, ``amap`` and ``slope`` may be null. Adds to ``bad`` how many neurons end with a state that
     is not finite.
+
+    If ``pooled``, the spikes of 2x2 pixels are averaged, so that a row of ``spikes`` has ``n / 4`` values.
+    ``windows`` lists the places of the first pixels' neurons in a block, :data:`WIDTH` at a time; the other
+    three are ``right``, ``below``, and both, further on. ``block`` and ``piece`` are whole pairs of rows.
 
     Args:
         kind: of ``x`` and ``spikes``, in :data:`~.lanes.KINDS`.
@@ -229,8 +175,10 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
         extras: whether there is a mask, or a map is wanted.
         marks: whether ``fired`` is written, a bit for each neuron and step.
         streamed: whether results go past the cache; then ``n`` is a multiple of :data:`WIDTH`.
+        pooled: whether spikes are averaged.
     """
     sources = _SOURCES
+    together = 4 if pooled else 1
 
     def forward(pointer):
         sources  # noqa: B018 - enclosed, so that it is part of the cache's key
@@ -239,6 +187,7 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
         slope, fired, v, v_T = bytes_(task.slope), bits(task.fired), floats(task.v), floats(task.v_T)
         mask, rate, amap = floats(task.mask), floats(task.rate), floats(task.amap)
         n, piece, block, T, x_step = task.n, task.piece, task.block, task.T, task.x_step
+        windows, right, below = ints(task.windows), task.right, task.below
         groups = (n + WIDTH - 1) // WIDTH
         leak, gain, offset, theta = task.leak, task.gain, task.offset, task.theta
         v_reset, scale = task.v_reset, task.scale
@@ -267,36 +216,44 @@ def forward_kernel(kind: int, reset: int, code: int, extras: bool, marks: bool, 
                     if has_mask:
                         copy(masked, at(mask, a), m)
                 for t in range(T):
-                    for c in range(0, m, WIDTH):
-                        here, x_here = t * n + a + c, t * x_step + a + c
-                        in_x, in_spikes, in_slope = at(x, x_here), at(spikes, here), at(slope, here)
-                        fetch(at(in_x, AHEAD if c + AHEAD < m else AHEAD - m + x_step))
-                        is_whole = streamed or c + WIDTH <= m
-                        if not is_whole:
-                            copy(spare_x, in_x, m - c)
-                            in_x, in_spikes, in_slope = spare_x, spare_spikes, spare_slope
-                        fires, distance = charge(
-                            in_x, at(state, c), reset, leak, gain, offset, theta, v_reset
-                        )
-                        if code != NO_SLOPE:
-                            put(in_slope, slope_byte(abs(distance), code, scale), streamed)
-                        if marks:
-                            store_bits(at(fired, t * groups + (a + c) // WIDTH), fires)
-                        o = select(fires, ONE, ZERO)
-                        if extras:
-                            if has_rate:
-                                store(at(total, c), load(at(total, c)) + o)
-                            if has_map:  # Eq. 11: spikes times the trace of earlier ones
-                                before = load(at(trace, c))
-                                store(at(mapped, c), load(at(mapped, c)) + before * o)
-                                store(at(trace, c), DECAY * (before + o))
-                            if has_mask:
-                                o = select(fires, load(at(masked, c)), ZERO)
-                        put(in_spikes, o, streamed)
-                        if not is_whole:
-                            copy(at(spikes, here), spare_spikes, m - c)
+                    for k in range(0, m, together * WIDTH):
+                        average = spread(ZERO)
+                        for q in range(together):
+                            c = place(windows, k, q, right, below) if pooled else k
+                            here, x_here = t * n + a + c, t * x_step + a + c
+                            in_x, in_spikes, in_slope = at(x, x_here), at(spikes, here), at(slope, here)
+                            fetch(at(in_x, AHEAD if c + AHEAD < m else AHEAD - m + x_step))
+                            is_whole = streamed or pooled or c + WIDTH <= m
+                            if not is_whole:
+                                copy(spare_x, in_x, m - c)
+                                in_x, in_spikes, in_slope = spare_x, spare_spikes, spare_slope
+                            fires, distance = charge(
+                                in_x, at(state, c), reset, leak, gain, offset, theta, v_reset
+                            )
                             if code != NO_SLOPE:
-                                copy(at(slope, here), spare_slope, m - c)
+                                put(in_slope, slope_byte(abs(distance), code, scale), streamed)
+                            if marks:
+                                store_bits(at(fired, t * groups + (a + c) // WIDTH), fires)
+                            o = select(fires, ONE, ZERO)
+                            if extras:
+                                if has_rate:
+                                    store(at(total, c), load(at(total, c)) + o)
+                                if has_map:  # Eq. 11: spikes times the trace of earlier ones
+                                    before = load(at(trace, c))
+                                    store(at(mapped, c), load(at(mapped, c)) + before * o)
+                                    store(at(trace, c), DECAY * (before + o))
+                                if has_mask:
+                                    o = select(fires, load(at(masked, c)), ZERO)
+                            if pooled:
+                                average = average + o
+                            else:
+                                put(in_spikes, o, streamed)
+                            if not is_whole:
+                                copy(at(spikes, here), spare_spikes, m - c)
+                                if code != NO_SLOPE:
+                                    copy(at(slope, here), spare_slope, m - c)
+                        if pooled:
+                            put(at(spikes, (t * n + a + k) // 4), QUARTER * average, streamed)
                 for i in range(m):
                     v_T[a + i] = state[i]
                     bad += not np.isfinite(state[i])
@@ -359,7 +316,7 @@ def backward_scratch(block: int, extras: bool) -> int:
 
 @cache
 def backward_kernel(
-    kind: int, reset: int, code: int, attached: bool, extras: bool, streamed: bool
+    kind: int, reset: int, code: int, attached: bool, extras: bool, streamed: bool, pooled: bool
 ) -> Callable:
     """Compile the adjoint of :func:`forward_kernel`, for a :data:`BACKWARD` task.
 
@@ -373,8 +330,10 @@ def backward_kernel(
         attached: whether the gradient flows through the reset.
         extras: whether there is a mask, ``g_rate`` or ``g_map``, or no ``g_spikes``.
         streamed: whether ``g_x`` goes past the cache; then ``n`` is a multiple of :data:`WIDTH`.
+        pooled: whether ``g_spikes`` is of averages of four spikes.
     """
     sources = _SOURCES
+    together = 4 if pooled else 1
 
     def backward(pointer):
         sources  # noqa: B018 - enclosed, so that it is part of the cache's key
@@ -384,6 +343,7 @@ def backward_kernel(
         g_v, g_rate, g_map = floats(task.g_v), floats(task.g_rate), floats(task.g_map)
         mask, slope_of, away_of = floats(task.mask), floats(task.slope_of), floats(task.away_of)
         n, piece, block, T, g_step = task.n, task.piece, task.block, task.T, task.g_step
+        windows, right, below = ints(task.windows), task.right, task.below
         groups = (n + WIDTH - 1) // WIDTH
         leak, gain, theta = task.leak, task.gain, task.theta
         peak, back, scale = task.peak, task.back, task.scale
@@ -428,43 +388,46 @@ def backward_kernel(
                     reset_gain = ZERO
                     if attached:
                         reset_gain = theta * carry if reset == SOFT else theta if k else ZERO
-                    for c in range(0, m, WIDTH):
-                        here, g_here = t * n + a + c, t * g_step + a + c
-                        in_g, in_g_x, in_slope = at(g, g_here), at(g_x, here), at(slope, here)
-                        in_fired = at(fired, t * groups + (a + c) // WIDTH)
-                        in_this_row = c + AHEAD < m  # or in the one before
-                        ahead = AHEAD if in_this_row else AHEAD - m - n
-                        fetch(at(in_g, AHEAD if in_this_row else AHEAD - m - g_step))
-                        if c % LINE == 0:
-                            fetch(at(in_slope, ahead))
-                        is_whole = streamed or c + WIDTH <= m
-                        if not is_whole:
-                            copy(spare_slope, in_slope, m - c)
+                    for k in range(0, m, together * WIDTH):
+                        for q in range(together):
+                            c = place(windows, k, q, right, below) if pooled else k
+                            here, g_here = t * n + a + c, t * g_step + (a + k) // together
+                            in_g, in_g_x, in_slope = at(g, g_here), at(g_x, here), at(slope, here)
+                            in_fired = at(fired, t * groups + (a + c) // WIDTH)
+                            in_this_row = c + AHEAD < m  # or in the one before
+                            ahead = AHEAD if in_this_row else AHEAD - m - n
+                            if q == 0:
+                                fetch(at(in_g, AHEAD if in_this_row else AHEAD - m // together - g_step))
+                            if c % LINE == 0:
+                                fetch(at(in_slope, ahead))
+                            is_whole = streamed or pooled or c + WIDTH <= m
+                            if not is_whole:
+                                copy(spare_slope, in_slope, m - c)
+                                if has_g:
+                                    copy(spare_g, in_g, m - c)
+                                in_g, in_g_x, in_slope = spare_g, spare_g_x, spare_slope
                             if has_g:
-                                copy(spare_g, in_g, m - c)
-                            in_g, in_g_x, in_slope = spare_g, spare_g_x, spare_slope
-                        if extras:
-                            go = load(at(constant, c)) + load(at(R, c))
-                            if has_g and has_mask:
-                                go = go + load(in_g) * load(at(masked, c))
-                            elif has_g:
-                                go = go + load(in_g)
-                            if has_map:
-                                # through its own spike, and through the trace of later ones
-                                go = go + load(at(mapped, c)) * load(at(window, (t - t0) * row + c))
-                                if through_trace:
-                                    by_spike = select(load_bits(in_fired), load(at(mapped, c)), ZERO)
-                                    store(at(R, c), DECAY * (load(at(R, c)) + by_spike))
-                        else:
-                            go = load(in_g)
-                        by_v = adjoint(
-                            go, in_slope, in_fired, at(gv, c), reset, carry, reset_gain, attached, peak, back,
-                            slope_of, away_of,
-                        )  # fmt: skip
-                        store(at(gv, c), by_v)
-                        put(in_g_x, gain * by_v, streamed)
-                        if not is_whole:
-                            copy(at(g_x, here), spare_g_x, m - c)
+                                go = QUARTER * load(in_g) if pooled else load(in_g)
+                                if has_mask:
+                                    go = go * load(at(masked, c))
+                            else:
+                                go = spread(ZERO)
+                            if extras:
+                                go = go + (load(at(constant, c)) + load(at(R, c)))
+                                if has_map:
+                                    # through its own spike, and through the trace of later ones
+                                    go = go + load(at(mapped, c)) * load(at(window, (t - t0) * row + c))
+                                    if through_trace:
+                                        by_spike = select(load_bits(in_fired), load(at(mapped, c)), ZERO)
+                                        store(at(R, c), DECAY * (load(at(R, c)) + by_spike))
+                            by_v = adjoint(
+                                go, in_slope, in_fired, at(gv, c), reset, carry, reset_gain, attached, peak,
+                                back, slope_of, away_of,
+                            )  # fmt: skip
+                            store(at(gv, c), by_v)
+                            put(in_g_x, gain * by_v, streamed)
+                            if not is_whole:
+                                copy(at(g_x, here), spare_g_x, m - c)
                 for i in range(m):
                     g_v0[a + i] = leak * gv[i]
                 if attached and reset == PAPER:  # the given state v0 decides on the first step's reset

@@ -82,7 +82,7 @@ class LoopParameters(NamedTuple):
 
     The surrogate is ``peak * shape(scale * |v - v_threshold|)`` (see ``surrogate.KernelForm``); ``shape`` is
     a :class:`Shape` and ``reset`` a :class:`Reset`. Without ``keep_slope`` (no gradient is wanted) no slope
-    bytes are written.
+    bytes are written. With ``pool`` (on the CPU) the spikes that are returned are averages of 2x2 pixels.
     """
 
     leak: float
@@ -99,6 +99,7 @@ class LoopParameters(NamedTuple):
     activation_map: bool
     through_trace: bool
     keep_slope: bool = True
+    pool: bool = False
 
     @property
     def keep_fired(self) -> bool:

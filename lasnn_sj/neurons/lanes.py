@@ -16,11 +16,13 @@ from collections.abc import Callable
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
+
+inlined = njit(forceinline=True, error_model="numpy")  # of functions that kernels call
 
 WIDTH = 16  # lanes: a cache line of float32
 LINE = 64  # bytes of a cache line

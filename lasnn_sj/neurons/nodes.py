@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from spikingjelly.activation_based import base, neuron
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .dynamics import Dynamics
 from .op import time_loop
@@ -93,7 +95,9 @@ class TimeLoopNode(neuron.BaseNode):
         result = time_loop(x, states[0], self.dynamics, self.surrogate_function, mask=mask)
         return (result.spikes[0],), (result.v,)
 
-    def multi_step_functional_forward(self, inputs, states, *, mask: Tensor | None = None):
+    def multi_step_functional_forward(
+        self, inputs, states, *, mask: Tensor | None = None, pool: bool = False
+    ):
         result = time_loop(
             inputs[0],
             states[0],
@@ -103,13 +107,31 @@ class TimeLoopNode(neuron.BaseNode):
             firing_rate="firing_rate" in self.record,
             activation_map="activation_map" in self.record,
             through_trace=self.through_trace,
+            pool=pool,
         )
         self.recorded = {name: getattr(result, name) for name in self.record}
         return (result.spikes,), (result.v,)
 
+    def may_pool(self) -> bool:
+        """Return whether a call takes ``pool=True``, and no hook reads the spikes that it leaves out."""
+        takes = type(self).multi_step_functional_forward is TimeLoopNode.multi_step_functional_forward
+        return takes and self.step_mode == "m" and not self.store_v_seq and not output_is_read(self)
+
     def reset(self) -> None:
         super().reset()
         self.recorded = {}
+
+
+def output_is_read(module: nn.Module) -> bool:
+    """Return whether hooks read a module's output or its gradient, or operations are being counted.
+
+    A hook whose attribute ``reads_output`` is false does not.
+    """
+    if module._backward_hooks or module._backward_pre_hooks or has_any_global_hook():
+        return True
+    if any(getattr(hook, "reads_output", True) for hook in module._forward_hooks.values()):
+        return True
+    return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
 
 
 class LIFNode(TimeLoopNode):

@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import choose, warn_once
 from .dynamics import RESETS, Dynamics, LoopParameters, LoopResult, Shape, run
-from .layout import empty_bits, empty_sequence, is_time_major
+from .layout import can_pool, empty_bits, empty_pooled, empty_sequence, is_time_major
 from .surrogate import kernel_form
 
 SHAPES = tuple(code.name.lower() for code in Shape)
@@ -32,8 +33,13 @@ def time_loop(
     firing_rate: bool = False,
     activation_map: bool = False,
     through_trace: bool = False,
+    pool: bool = False,
 ) -> LoopResult:
-    """Run a layer of neurons over time; see :func:`.dynamics.run` for the arguments.
+    """Run a layer of neurons over time; see :func:`.dynamics.run` for the other arguments.
+
+    With ``pool`` the spikes that are returned are averages of 2x2 pixels, ``[T, N, C, H / 2, W / 2]``. On the
+    CPU, with channels_last steps of a multiple of 16 channels and even sides, the spikes themselves are not
+    written to memory.
 
     An ``x`` whose steps are gapless blocks of memory is not copied (in channels_last too, or one step
     repeated with time stride 0), and the results have the layout of its steps; any other ``x`` is copied
@@ -64,7 +70,8 @@ def time_loop(
     chosen = choose(x.device, x.dtype, surrogate, dynamics.reset)
     if chosen.name == "torch":
         warn_once(chosen)
-        return run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)
+        result = run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)
+        return result._replace(spikes=_average(result.spikes)) if pool else result
 
     form = kernel_form(surrogate, dynamics.v_threshold)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
@@ -83,10 +90,17 @@ def time_loop(
         activation_map=activation_map,
         through_trace=through_trace,
         keep_slope=wants_gradient,
+        pool=pool and chosen.name == "numba" and can_pool(x),
     )
     x = x if is_time_major(x) else x.contiguous()
     spikes, v, rate, amap, _, _ = _time_loop(x, v, mask, [float(value) for value in parameters])
+    if pool and not parameters.pool:
+        spikes = _average(spikes)
     return LoopResult(spikes, v, rate if firing_rate else None, amap if activation_map else None)
+
+
+def _average(spikes: Tensor) -> Tensor:
+    return F.avg_pool2d(spikes.flatten(0, 1), 2).unflatten(0, spikes.shape[:2])
 
 
 def _kernels(device: torch.device) -> ModuleType:
@@ -145,7 +159,7 @@ def _(x, v, mask, parameters):
     p = _unpack(parameters)
     step = empty_sequence(x[:1], torch.float32)[0]
     return (
-        empty_sequence(x, x.dtype),
+        (empty_pooled if p.pool else empty_sequence)(x, x.dtype),
         torch.empty_like(step),
         torch.empty_like(step) if p.firing_rate else x.new_empty(0),
         torch.empty_like(step) if p.activation_map else x.new_empty(0),

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels, lanes
-from .cpu_kernels import BAD, NEXT, SEATS, c_function, inlined, record
+from .cpu_kernels import BAD, NEXT, SEATS, c_function, record
 from .lanes import (
     WIDTH,
     address,
     at,
     floats,
     fused,
+    inlined,
     ints,
     load,
     lowest,

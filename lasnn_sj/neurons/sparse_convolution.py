@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels, lanes, sparse
-from .cpu_kernels import BAD, NEXT, SEATS, c_function, inlined, record
+from .cpu_kernels import BAD, NEXT, SEATS, c_function, record
 from .lanes import (
     WIDTH,
     address,
     at,
     floats,
     fused,
+    inlined,
     ints,
     load,
     lowest,

@@ -5,6 +5,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
+from lasnn_sj import models
 from lasnn_sj.distillation import spike_activation_map, spike_map, taps
 from lasnn_sj.neurons import LIFNode, accelerate
 
@@ -129,3 +130,37 @@ def test_gradients_with_respect_to_frozen_teachers_activations():
     w = teacher[3].weight.view(1, 2, 2, 2).expand(3, -1, -1, -1)
     torch.testing.assert_close(g_after, w)
     torch.testing.assert_close(g_before, w * (before > 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reading", "folds"),
+    [
+        (taps.StudentTaps, "firing_rate", True),
+        (taps.StudentTaps, "activation_map", True),
+        (taps.StudentTaps, "spikes", False),
+        (taps.ChunkTaps, "firing_rate", True),
+        (taps.ChunkTaps, "activation_map", False),
+    ],
+)
+def test_taps_of_recorded_maps_leave_the_pool_to_the_time_loop(kind, reading, folds):
+    student = models.vgg5(4, width=0.25).to(memory_format=torch.channels_last)
+    assert student.features[0].may_pool()
+    kind(student, [("features.0.neuron", reading)])
+    assert student.features[0].may_pool() is folds
+
+
+def test_maps_are_those_of_a_network_whose_pools_run_by_themselves():
+    student = models.vgg5(4, width=0.25).to(memory_format=torch.channels_last)
+    wanted = [("features.0.neuron", "firing_rate"), ("features.3.neuron", "activation_map")]
+    tap, x, found = taps.StudentTaps(student.eval(), wanted), torch.rand(5, 2, 3, 32, 32), []
+    for pools_apart in (False, True):
+        if pools_apart:
+            student.features[1].register_forward_hook(lambda module, args, out: None)
+            student.features[4].register_forward_hook(lambda module, args, out: None)
+        functional.reset_net(student)
+        with tap:
+            student(x)
+            found.append(tap.collect())
+    for fused, apart in zip(*found, strict=True):
+        assert 0 < fused.mean() < 1
+        assert torch.equal(fused, apart)

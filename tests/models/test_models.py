@@ -571,3 +571,29 @@ def test_a_published_resnet20_scores_its_published_accuracy():
         correct = sum(int((teacher(a).argmax(1) == b).sum()) for a, b in zip(x.split(250), labels.split(250)))
     low, high = binom.interval(1 - 1e-4, n, published)  # 89.3 to 94.0 %
     assert low <= correct <= high
+
+
+@pytest.mark.parametrize("name", ["vgg5", "resnet12"])
+def test_the_time_loop_computes_the_pools_that_follow_it(name):
+    """The same numbers, bit for bit, as with the pools that a hook makes run by themselves."""
+    net = getattr(models, name)(4, width=0.25).to(memory_format=torch.channels_last)
+    pools = [m for m in net.modules() if isinstance(m, layer.AvgPool2d)]
+    neuron = next(m for m in net.modules() if isinstance(m, LIFNode))
+    x = PoissonEncoder(6)(torch.rand(2, 3, 32, 32))
+    outcomes, seen, ran = [], [], []
+    for hooked in (False, True):
+        if hooked:
+            for pool in pools:
+                pool.register_forward_hook(lambda module, args, out: ran.append(args[0].shape))
+            neuron.register_forward_hook(lambda module, args, out: seen.append(out))
+        torch.manual_seed(0)
+        net.zero_grad()
+        functional.reset_net(net)
+        scores = net(x)
+        scores[-1].square().sum().backward()
+        outcomes.append([scores, *(p.grad.clone() for p in net.parameters())])
+        assert len(ran) == (len(pools) if hooked else 0)
+    assert seen[0].shape[-1] == 32
+    assert seen[0].unique().numel() == 2
+    for fused, apart in zip(*outcomes, strict=True):
+        assert torch.equal(fused, apart)

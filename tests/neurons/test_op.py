@@ -27,6 +27,7 @@ from lasnn_sj.neurons import (
     dynamics,
     lanes,
     op,
+    slopes,
     threads,
     use_backend,
 )
@@ -45,7 +46,7 @@ SURROGATES = {
 def write_slope_bytes(distance, slope, count, code, scale):
     distance, slope = lanes.floats(distance), lanes.bytes_(slope)
     for i in range(0, count, lanes.WIDTH):
-        byte = cpu_kernels.slope_byte(lanes.load(lanes.at(distance, i)), code, scale)
+        byte = slopes.slope_byte(lanes.load(lanes.at(distance, i)), code, scale)
         lanes.store(lanes.at(slope, i), byte)
 
 
@@ -69,13 +70,13 @@ class Rounded(nn.Module):
         super().__init__()
         form = op.kernel_form(function, v_threshold)
         shape = op.SHAPES.index(form.shape)
-        angle = {cpu_kernels.ATAN: cpu_kernels.ATAN_ANGLE, cpu_kernels.SIGMOID: cpu_kernels.SIGMOID_ANGLE}
+        angle = {slopes.ATAN: slopes.ATAN_ANGLE, slopes.SIGMOID: slopes.SIGMOID_ANGLE}
         self.code = angle.get(shape, shape) if attached_hard else shape
         self.scale, self.unit = form.scale, np.float32(form.peak / 255)
-        slopes = np.arange(256, dtype=np.float32)
+        values = np.arange(256, dtype=np.float32)
         if attached_hard:
-            slopes, self.distances = map(torch.from_numpy, cpu_kernels.decoded(self.code, form.scale))
-        self.slopes = torch.as_tensor(slopes)
+            values, self.distances = map(torch.from_numpy, slopes.decoded(self.code, form.scale))
+        self.slopes = torch.as_tensor(values)
 
     def bytes(self, x):
         distance = x.detach().abs().flatten().numpy()
@@ -134,7 +135,7 @@ def both(x, v, d, function, mask, maps, through_trace, oracle_function):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, surrogates=tuple(SURROGATES)):
     reset = draw(st.sampled_from(["paper", "soft", "hard"]))
     dynamics = Dynamics(
         leak=draw(st.sampled_from([0.0, 0.5, 0.99, 1.0])),
@@ -148,7 +149,7 @@ def cases(draw):
     shape = [draw(st.integers(1, 100))] + [draw(st.integers(1, n)) for n in (3, 5, 4, 6)]
     return {
         "dynamics": dynamics,
-        "surrogate": draw(st.sampled_from(sorted(SURROGATES))),
+        "surrogate": draw(st.sampled_from(surrogates)),
         "shape": shape,
         "layout": draw(st.sampled_from(LAYOUTS)),
         "masked": draw(st.booleans()),
@@ -195,6 +196,68 @@ def test_equals_the_oracle(case):
     assert g_v.shape == v.shape
     for got, value in ((g_x, o_x), (g_v, o_v)):
         assert (got - value).abs().max() <= 1e-4 * value.abs().max() + 1e-6
+
+
+def average(spikes):
+    """Averages of 2x2 pixels of a sequence."""
+    return torch.nn.functional.avg_pool2d(spikes.flatten(0, 1), 2).unflatten(0, spikes.shape[:2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    cases(["linear", "atan"]),
+    st.tuples(*map(st.sampled_from, ([16, 48], [2, 4, 6], [2, 4, 8]))),
+    st.integers(0, 3),
+)
+def test_the_loop_that_averages_equals_an_average_pool_after_it(case, sizes, other):
+    """Bit for bit, gradients too; ``other`` is 0 where the shape or the layout needs a pool of its own."""
+    C, H, W = sizes if other else (5, 2, 2)
+    case = case | {"shape": [*case["shape"][:2], C, H, W], "layout": "channels_last"}
+    x, v, mask = make(case)
+    function, maps, d = SURROGATES[case["surrogate"]], case["maps"], case["dynamics"]
+    cut = {"BLOCK": 96, "EXTRAS_BLOCK": 96, "STREAM": 0} if case["small_blocks"] else {"BLOCK": cpu.BLOCK}
+    outcomes = []
+    for pool in (True, False):
+        x_leaf, v_leaf = x.clone().requires_grad_(), v.clone().requires_grad_()
+        with mock.patch.multiple(cpu, **cut):
+            result = time_loop(x_leaf, v_leaf, d, function, mask, maps, maps, case["through_trace"], pool)
+            result = result if pool else result._replace(spikes=average(result.spikes))
+            generator = torch.Generator().manual_seed(5)
+            parts = [r * torch.randn(r.shape, generator=generator) for r in result if r is not None]
+            sum(part.sum() for part in parts).backward()
+        outcomes.append((*result, x_leaf.grad, v_leaf.grad))
+    for fused, apart in zip(*outcomes, strict=True):
+        assert (fused is None and apart is None) or torch.equal(fused, apart)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_averages_of_spikes_in_every_precision(dtype, backend):
+    x = lay_out(torch.randn(9, 2, 16, 4, 6), "channels_last").to(dtype)
+    v, d, function = torch.zeros(2, 16, 4, 6), Dynamics(v_threshold=0.5), LinearSurrogate(0.3)
+    with use_backend(backend):
+        fused = time_loop(x, v, d, function, pool=True).spikes
+    expected = average(run(x, v, d, function).spikes)
+    assert fused.dtype == dtype
+    assert torch.equal(fused, expected)
+    assert 0 < fused.float().mean() < 1
+
+
+def test_averages_of_a_layer_that_several_threads_share():
+    x = lay_out(torch.randn(20, 8, 32, 16, 16), "channels_last")
+    v, d, function = torch.zeros(x.shape[1:]), Dynamics(), LinearSurrogate(0.3)
+    before, found = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        leaf = x.clone().requires_grad_()
+        spikes = time_loop(leaf, v, d, function, pool=True).spikes
+        (spikes * torch.arange(20.0).view(-1, 1, 1, 1, 1)).sum().backward()
+        found.append((spikes, leaf.grad))
+    torch.set_num_threads(before)
+    assert found[0][1].count_nonzero() > 0
+    for spikes, gradient in found[1:]:
+        assert torch.equal(spikes, found[0][0])
+        assert torch.equal(gradient, found[0][1])
 
 
 @pytest.mark.parametrize("function", SURROGATES.values(), ids=SURROGATES)
@@ -286,13 +349,13 @@ def test_the_trace_of_an_old_spike_reaches_the_backward():
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
-@pytest.mark.parametrize("code", [cpu_kernels.TRIANGLE, cpu_kernels.ATAN_ANGLE, cpu_kernels.SIGMOID_ANGLE])
+@pytest.mark.parametrize("code", [slopes.TRIANGLE, slopes.ATAN_ANGLE, slopes.SIGMOID_ANGLE])
 def test_the_distance_found_from_a_byte_has_that_byte(code, scale):
-    slopes, distances = cpu_kernels.decoded(code, scale)
+    found, distances = slopes.decoded(code, scale)
     bytes_again = slope_bytes(distances, code, scale)
     assert bytes_again[1:].tolist() == list(range(1, 256))
     assert (np.diff(distances) < 0).all()
-    assert (np.diff(slopes) > 0).all()
+    assert (np.diff(found) > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -390,12 +453,23 @@ def test_opcheck(reset, masked):
     v = torch.zeros(2, 3, 5, 5, requires_grad=True)
     mask = torch.ones(2, 3, 5, 5) if masked else None
     maps = float(masked)
-    parameters = [0.9, 1.0, 0.0, 1.0, 0.0, reset, 0.0, 0.3, 1.0, 1.0, maps, maps, 0.0, 1.0]
+    parameters = [0.9, 1.0, 0.0, 1.0, 0.0, reset, 0.0, 0.3, 1.0, 1.0, maps, maps, 0.0, 1.0, 0.0]
     torch.library.opcheck(op._time_loop, (x, v, mask, parameters))
     if masked:
         spikes, _, rate, amap, slope, fired = (o.detach() for o in op._time_loop(x, v, mask, parameters))
         arguments = (spikes, None, rate, amap, fired, slope, v.detach(), mask, parameters, x.dtype)
         torch.library.opcheck(op._time_loop_backward, arguments)
+
+
+@pytest.mark.parametrize("maps", [0.0, 1.0])
+def test_opcheck_with_averages(maps):
+    x = lay_out(torch.randn(4, 2, 16, 4, 2), "channels_last").requires_grad_()
+    v = torch.zeros(2, 16, 4, 2, requires_grad=True)
+    parameters = [0.9, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.3, 1.0, 1.0, maps, maps, 0.0, 1.0, 1.0]
+    torch.library.opcheck(op._time_loop, (x, v, None, parameters))
+    spikes, _, _, _, slope, fired = (o.detach() for o in op._time_loop(x, v, None, parameters))
+    arguments = (spikes, None, None, None, fired, slope, v.detach(), None, parameters, x.dtype)
+    torch.library.opcheck(op._time_loop_backward, arguments)
 
 
 def test_compiles_into_one_graph():
