@@ -25,9 +25,12 @@ CHANNELS = 32  # the kernels run this many at a time
 @_operation("convolution")
 def _convolution(x: Tensor, weight: Tensor) -> Tensor:
     """Return the 3x3 convolution of padding 1 of ``x [N, C, H, W]``, float32 on the CPU; channels last."""
-    x = _channels_last(x)
-    y = None
-    if _density(x) < OUTPUT:
+    return _convolution_of(x, weight)
+
+
+def _convolution_of(x: Tensor, weight: Tensor) -> Tensor:
+    x, y = _channels_last(x), None
+    if _fits(x, weight) and _density(x) < OUTPUT:
         y = sparse_convolution(x, weight)
     return _channels_last(torch.conv2d(x, weight, None, 1, 1)) if y is None else y
 
@@ -38,42 +41,43 @@ def _(x, weight):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@_operation("convolution_backward")
-def _convolution_backward(
-    g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` (channels last) and ``weight``; empty if not needed."""
-    g, x = _channels_last(g), _channels_last(x)
-    of_g, g_x, g_weight = _density(g), None, None
-    if needs_x and of_g < OUTPUT:
-        g_x = sparse_convolution(g, weight.flip(2, 3).transpose(0, 1).contiguous())
-    if needs_weight and weight.shape[0] * weight.shape[1] <= WEIGHTS:
-        of_x = _density(x)
+@_operation("convolution_input_gradient")
+def _input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of ``x``, the convolution of the output's gradient with the turned weights."""
+    return _convolution_of(g, weight.flip(2, 3).transpose(0, 1).contiguous())
+
+
+@_input_gradient.register_fake
+def _(g, weight):
+    return g.new_empty(g.shape[0], *g.shape[2:], weight.shape[1]).permute(0, 3, 1, 2)
+
+
+@_operation("convolution_weight_gradient")
+def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of ``weight``, in its layout."""
+    g, x, found = _channels_last(g), _channels_last(x), None
+    if _fits(x, weight) and weight.shape[0] * weight.shape[1] <= WEIGHTS:
+        of_g, of_x = _density(g), _density(x)
         if of_g < min(of_x, WEIGHT):
-            g_weight = sparse_weight_gradient(g, x)
-            g_weight = None if g_weight is None else g_weight.flip(1, 2).permute(0, 3, 1, 2)
+            found = sparse_weight_gradient(g, x)
+            found = None if found is None else found.flip(1, 2).permute(0, 3, 1, 2)
         elif of_x < WEIGHT:
-            g_weight = sparse_weight_gradient(x, g)
-            g_weight = None if g_weight is None else g_weight.permute(3, 0, 1, 2)
-    dense = [needs_x and g_x is None, needs_weight and g_weight is None, False]
-    if any(dense):
-        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        found = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, dense)
-        g_x, g_weight = (new if wanted else old for new, wanted, old in zip(found, dense, (g_x, g_weight)))
-    none = g.new_empty(0)
-    return (
-        _channels_last(g_x) if needs_x else none,
-        torch.empty_like(weight).copy_(g_weight) if needs_weight else none,
-    )
+            found = sparse_weight_gradient(x, g)
+            found = None if found is None else found.permute(3, 0, 1, 2)
+    if found is None:
+        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+        found = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry)[1]
+    return torch.empty_like(weight).copy_(found)
 
 
-@_convolution_backward.register_fake
-def _(g, x, weight, needs_x, needs_weight):
-    none = g.new_empty(0)
-    return (
-        torch.empty_like(x, memory_format=torch.channels_last) if needs_x else none,
-        torch.empty_like(weight) if needs_weight else none,
-    )
+@_weight_gradient.register_fake
+def _(g, x, weight):
+    return torch.empty_like(weight)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether there are kernels for the channels, and images are large enough."""
+    return not (x.shape[1] % CHANNELS or len(weight) % CHANNELS) and x.shape[2] * x.shape[3] >= PIXELS
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ def _density(t: Tensor) -> float:
     return nonzero_density(t.permute(0, 2, 3, 1).reshape(len(t), -1))
 
 
-differentiate(_convolution, _convolution_backward)
+differentiate(_convolution, _input_gradient, _weight_gradient)
 
 
 class Conv2d(layer.Conv2d):
@@ -100,16 +104,29 @@ class Conv2d(layer.Conv2d):
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        work = x.numel() * 9 * self.out_channels
-        fits = x.dim() == 4 and x.shape[1] == self.in_channels and x.shape[2] * x.shape[3] >= PIXELS
-        if why_dense(self) or not fits or work < SMALLEST or not may_take(x, weight):
+        if not self._takes(x, weight):
             return super()._conv_forward(x, weight, bias)
         y = _convolution(x, weight)
         return y if bias is None else y + bias.view(-1, 1, 1)
 
+    def _takes(self, x: Tensor, weight: Tensor) -> bool:
+        if _geometry(self) or x.dim() != 4 or x.shape[1] != self.in_channels or not may_take(x, weight):
+            return False
+        if x.numel() * 9 * self.out_channels < SMALLEST:
+            return False
+        # the operation's results are channels_last
+        return _fits(x, weight) or weight.is_contiguous(memory_format=torch.channels_last)
+
 
 def why_dense(conv: nn.Conv2d) -> str | None:
     """Return why no zeros are left out in a convolution; ``None`` if they can be."""
+    if conv.in_channels % CHANNELS or conv.out_channels % CHANNELS:
+        channels = f"{conv.in_channels} and {conv.out_channels} channels"
+        return _geometry(conv) or f"{channels}; only multiples of {CHANNELS} are"
+    return _geometry(conv)
+
+
+def _geometry(conv: nn.Conv2d) -> str | None:
     if conv.padding_mode != "zeros" or conv.groups != 1:
         return f"padding_mode={conv.padding_mode!r} and groups={conv.groups}, not 'zeros' and 1"
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
@@ -117,6 +134,4 @@ def why_dense(conv: nn.Conv2d) -> str | None:
         names = ("kernel_size", "stride", "padding", "dilation")
         given = ", ".join(f"{name}={value}" for name, value in zip(names, geometry))
         return f"{given}; only 3x3 convolutions of stride, padding and dilation 1 are"
-    if conv.in_channels % CHANNELS or conv.out_channels % CHANNELS:
-        return f"{conv.in_channels} and {conv.out_channels} channels; only multiples of {CHANNELS} are"
     return None

@@ -14,6 +14,7 @@ from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .op import _operation
+from .packing import pack, unpack
 from .sparse import nonzero_density, sparse_product
 
 # The sparse product of a matrix of this density takes 0.8 of the dense one's time if the result is large, and
@@ -58,48 +59,63 @@ def _(x, weight):
     return x.new_empty(len(x), len(weight))
 
 
-@_operation("linear_backward")
-def _linear_backward(
-    g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` and ``weight``; empty if not needed."""
+@_operation("linear_input_gradient")
+def _input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of ``x [M, K]`` from that of the output, ``g [M, N]``."""
+    g = g.contiguous()
+    return _product(g, weight, nonzero_density(g))
+
+
+@_input_gradient.register_fake
+def _(g, weight):
+    return g.new_empty(len(g), weight.shape[1])
+
+
+@_operation("linear_weight_gradient")
+def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of ``weight [N, K]``."""
     g, x = g.contiguous(), x.contiguous()
-    g_x = g_weight = g.new_empty(0)
-    density = nonzero_density(g)
-    if needs_x:
-        g_x = _product(g, weight, density)
-    if needs_weight:
-        of_x = nonzero_density(x)
-        if of_x + TRANSPOSING < density:
-            g_weight = _product(x.t(), g, of_x).t().contiguous()
-        else:
-            g_weight = _product(g.t(), x, density)
-    return g_x, g_weight
+    of_g, of_x = nonzero_density(g), nonzero_density(x)
+    if of_x + TRANSPOSING < of_g:
+        return _product(x.t(), g, of_x).t().contiguous()
+    return _product(g.t(), x, of_g)
 
 
-@_linear_backward.register_fake
-def _(g, x, weight, needs_x, needs_weight):
-    none = g.new_empty(0)
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else none,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else none,
-    )
+@_weight_gradient.register_fake
+def _(g, x, weight):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def differentiate(product: CustomOpDef, backward: CustomOpDef) -> None:
-    """Let ``backward(g, x, weight, needs_x, needs_weight)`` give the gradients of ``product(x, weight)``."""
+def differentiate(product: CustomOpDef, input_gradient: CustomOpDef, weight_gradient: CustomOpDef) -> None:
+    """Let operations give the gradients of ``product(x, weight)``; ``x`` is kept packed if it can be.
+
+    ``input_gradient(g, weight)`` does not take ``x``, so that it is not unpacked longer than it is needed.
+    """
 
     def keep(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+        x, weight = inputs
+        if not ctx.needs_input_grad[1]:
+            ctx.save_for_backward(None, weight)
+            return
+        packed = pack(x)
+        ctx.unit = packed and packed[1]
+        ctx.save_for_backward(packed[0] if packed else x, weight)
 
     def gradients(ctx, g):
-        found = backward(g, *ctx.saved_tensors, *ctx.needs_input_grad)
-        return tuple(one if needed else None for one, needed in zip(found, ctx.needs_input_grad))
+        g_x = g_weight = None
+        if ctx.needs_input_grad[1]:
+            x, weight = ctx.saved_tensors
+            x = x if ctx.unit is None else unpack(x, ctx.unit)
+            g_weight = weight_gradient(g, x, weight)
+            del x
+        if ctx.needs_input_grad[0]:
+            g_x = input_gradient(g, ctx.saved_tensors[1])
+        return g_x, g_weight
 
     product.register_autograd(gradients, setup_context=keep)
 
 
-differentiate(_linear, _linear_backward)
+differentiate(_linear, _input_gradient, _weight_gradient)
 
 
 class Linear(layer.Linear):

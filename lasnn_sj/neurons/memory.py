@@ -15,6 +15,8 @@ HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_is_glibc = hasattr(_libc, "gnu_get_libc_version")
+_keeps_memory = False
 
 
 def advise_huge_pages(t: Tensor) -> Tensor:
@@ -26,6 +28,15 @@ def advise_huge_pages(t: Tensor) -> Tensor:
     return t
 
 
+def release_freed_memory() -> None:
+    """Return to the system the pages of freed blocks that malloc keeps between other blocks.
+
+    Call it before memory use peaks. After :func:`disable_malloc_trim` it does nothing.
+    """
+    if _is_glibc and not _keeps_memory:
+        _libc.malloc_trim(ctypes.c_size_t(0))
+
+
 def disable_malloc_trim() -> bool:
     """Turn off malloc's trimming, so that the process reuses freed memory instead of returning it.
 
@@ -35,6 +46,8 @@ def disable_malloc_trim() -> bool:
     Returns:
         Whether it took effect; ``False`` where the C library is not glibc.
     """
-    if _libc is None or not hasattr(_libc, "gnu_get_libc_version"):
+    global _keeps_memory
+    if not _is_glibc:
         return False
-    return bool(_libc.mallopt(M_MMAP_MAX, 0) and _libc.mallopt(M_TRIM_THRESHOLD, -1))
+    _keeps_memory = bool(_libc.mallopt(M_MMAP_MAX, 0) and _libc.mallopt(M_TRIM_THRESHOLD, -1))
+    return _keeps_memory

@@ -136,9 +136,9 @@ def test_the_operation_passes_pytorchs_own_checks(always_sparse):
     x = sparse_matrix(15, 40, 0.2, generator).requires_grad_()
     weight = torch.randn(30, 40, generator=generator, requires_grad=True)
     torch.library.opcheck(linear._linear, (x, weight))
-    torch.library.opcheck(
-        linear._linear_backward, (torch.randn(15, 30), x.detach(), weight.detach(), True, False)
-    )
+    g = torch.randn(15, 30)
+    torch.library.opcheck(linear._input_gradient, (g, weight.detach()))
+    torch.library.opcheck(linear._weight_gradient, (g, x.detach(), weight.detach()))
 
 
 def test_the_operation_compiles_as_a_whole(always_sparse):

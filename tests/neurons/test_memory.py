@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lasnn_sj.neurons import disable_malloc_trim
-from lasnn_sj.neurons.memory import advise_huge_pages
+from lasnn_sj.neurons.memory import advise_huge_pages, release_freed_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux and glibc for something")
 
@@ -48,3 +48,31 @@ def test_kept_memory_is_mapped_once():
     assert took_effect
     assert before > 10 * 8192 * 0.9  # each block was mapped anew
     assert after < 2 * 8192  # now only the first
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def measure_release(keeps, results) -> None:
+    if keeps:
+        disable_malloc_trim()
+    blocks = [torch.ones(1 << 14) for _ in range(2000)]  # 64 KiB each, one after the other in the heap
+    del blocks[::2]
+    before = resident_bytes()
+    release_freed_memory()
+    results.put(before - resident_bytes())
+
+
+@linux
+@pytest.mark.parametrize("keeps", [False, True])
+def test_freed_memory_between_blocks_is_returned_unless_it_is_to_be_kept(keeps):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=measure_release, args=(keeps, results))
+    process.start()
+    returned = results.get(timeout=60)
+    process.join()
+    freed = 1000 << 16
+    assert returned < 0.1 * freed if keeps else returned > 0.9 * freed
