@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=train_step.NETWORKS, default=["vgg5"])
     parser.add_argument("--widths", type=float, nargs="+", default=[0.5])
     parser.add_argument("--T", type=int, nargs="+", default=[100])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.4, 0.6, 0.9])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.4, 0.6, 0.8, 1.2, 2, 4, 8, 12])
     parser.add_argument("--layers", action="store_true", help="time of each layer in today's step")
     parser.add_argument("--no-products", action="store_true", help="steps only")
     parser.add_argument("--runs", type=int, default=5)

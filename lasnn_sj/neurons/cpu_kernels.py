@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numba
 import numpy as np
@@ -57,12 +58,21 @@ ZERO, ONE, QUARTER = np.float32(0), np.float32(1), np.float32(0.25)
 DECAY = np.float32(TRACE_DECAY)
 PAPER, SOFT, HARD = map(int, Reset)
 
-# Numba's cache on disk notices changes of a kernel's own file and of the values that it encloses, not those
-# of the modules from which it takes constants and functions.
-_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, slopes, dynamics)))
 _COUNTERS = "next seats bad "  # shared counters come first
 _TO_DO = "n piece scratch scratch_size block T windows right below "
 NEXT, SEATS, BAD = range(3)
+
+
+def checksum(*modules: ModuleType) -> int:
+    """Return a checksum of modules, which a kernel must enclose to be compiled anew after they change.
+
+    Numba's cache on disk notices changes of a kernel's own file and of the values that it encloses, not those
+    of the modules from which it takes constants and functions.
+    """
+    return zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in modules))
+
+
+_SOURCES = checksum(lanes, slopes, dynamics)
 
 
 def record(integers: str, numbers: str = "") -> np.dtype:

@@ -103,13 +103,11 @@ def differentiate(product: CustomOpDef, input_gradient: CustomOpDef, weight_grad
 
     def gradients(ctx, g):
         g_x = g_weight = None
+        x, weight = ctx.saved_tensors  # once: activation checkpointing allows no more
         if ctx.needs_input_grad[1]:
-            x, weight = ctx.saved_tensors
-            x = x if ctx.unit is None else unpack(x, ctx.unit)
-            g_weight = weight_gradient(g, x, weight)
-            del x
+            g_weight = weight_gradient(g, x if ctx.unit is None else unpack(x, ctx.unit), weight)
         if ctx.needs_input_grad[0]:
-            g_x = input_gradient(g, ctx.saved_tensors[1])
+            g_x = input_gradient(g, weight)
         return g_x, g_weight
 
     product.register_autograd(gradients, setup_context=keep)

@@ -6,10 +6,8 @@ for each value is kept instead of a float, without loss.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu_kernels, lanes
-from .cpu_kernels import BAD, NEXT, c_function, record
+from .cpu_kernels import BAD, NEXT, c_function, checksum, record
 from .lanes import WIDTH, address, at, bytes_, floats, ints, load, mask_of, spread, store, taken
 from .layout import is_gapless
 from .memory import advise_huge_pages, release_freed_memory
@@ -29,7 +27,7 @@ SAMPLE = 4096  # values of which the number is found
 MOST = 127  # times the number
 PIECE = 1 << 16  # values that a thread takes at a time
 
-_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, cpu_kernels)))
+_SOURCES = checksum(lanes, cpu_kernels)
 TASK = record("next seats bad n values codes", "unit")
 HALF, ZERO_CODE = np.float32(0.5), np.float32(128)
 

@@ -9,10 +9,8 @@ is the sum of its terms in one order, whatever the number of threads.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels, lanes
-from .cpu_kernels import BAD, NEXT, SEATS, c_function, record
+from .cpu_kernels import BAD, NEXT, SEATS, c_function, checksum, record
 from .lanes import (
     WIDTH,
     address,
@@ -45,7 +43,7 @@ DEEP, WIDE = 128, 64  # rows and columns of a tile of b: 32 KiB
 ROWS = 32  # rows of a that a thread takes at a time
 ZERO = np.float32(0)
 
-_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, cpu_kernels)))
+_SOURCES = checksum(lanes, cpu_kernels)
 TASK = record("next seats bad M K N a b y a_row a_column b_row b_column y_row ends entries tiles")
 
 

@@ -8,10 +8,8 @@ last. Every element of a result is the sum of its terms in one order, whatever t
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels, lanes, sparse
-from .cpu_kernels import BAD, NEXT, SEATS, c_function, record
+from .cpu_kernels import BAD, NEXT, SEATS, c_function, checksum, record
 from .lanes import (
     WIDTH,
     address,
@@ -43,7 +41,7 @@ from .threads import run
 STRIP = 64  # pixels of the output that are computed together: 16 KiB with 64 channels
 PARTS = 16  # parts of a batch whose weight gradients are added in the end
 
-_SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (lanes, cpu_kernels, sparse)))
+_SOURCES = checksum(lanes, cpu_kernels, sparse)
 TASK = record("next seats bad n H W C C_out a b y entries entries_size ends ends_size tiles tiles_size piece")
 
 

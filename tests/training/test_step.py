@@ -15,7 +15,7 @@ from lasnn_sj import Callback, DirectEncoder, PoissonEncoder, models
 from lasnn_sj.distillation import Attention, CrossEntropy, Sum
 from lasnn_sj.distillation.taps import ChunkTaps, StudentTaps
 from lasnn_sj.models.readout import BatchError
-from lasnn_sj.neurons import LIFNode, convolution, linear
+from lasnn_sj.neurons import LIFNode, convolution, linear, packing
 from lasnn_sj.training import Trainer, TrainingOptions
 from lasnn_sj.training.forward import StudentForward
 from lasnn_sj.training.nonfinite import NonFiniteError
@@ -405,6 +405,7 @@ def test_layers_that_leave_zeros_out_train_as_dense_ones(time_chunks, processes,
         monkeypatch.setattr(linear, name, value)
     for name, value in {"SMALLEST": 1, "OUTPUT": 0.9, "WEIGHT": 0.9, "PIXELS": 1}.items():
         monkeypatch.setattr(convolution, name, value)
+    monkeypatch.setattr(packing, "SMALLEST", 0)
     sparse = run()
     assert sparse[2] == {"sparse_product", "sparse_convolution", "sparse_weight_gradient"}
     assert sparse[0] == pytest.approx(dense[0], rel=1e-3)
