@@ -71,7 +71,7 @@ def time_loop(
     if chosen.name == "torch":
         warn_once(chosen)
         result = run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)
-        return result._replace(spikes=_average(result.spikes)) if pool else result
+        return result._replace(spikes=_Average.apply(result.spikes)) if pool else result
 
     form = kernel_form(surrogate, dynamics.v_threshold)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
@@ -95,12 +95,25 @@ def time_loop(
     x = x if is_time_major(x) else x.contiguous()
     spikes, v, rate, amap, _, _ = _time_loop(x, v, mask, [float(value) for value in parameters])
     if pool and not parameters.pool:
-        spikes = _average(spikes)
+        spikes = _Average.apply(spikes)
     return LoopResult(spikes, v, rate if firing_rate else None, amap if activation_map else None)
 
 
-def _average(spikes: Tensor) -> Tensor:
-    return F.avg_pool2d(spikes.flatten(0, 1), 2).unflatten(0, spikes.shape[:2])
+class _Average(torch.autograd.Function):
+    """Average 2x2 pixels of ``[T, N, C, H, W]``, and keep nothing: PyTorch's pool keeps all spikes."""
+
+    @staticmethod
+    def forward(ctx, spikes: Tensor) -> Tensor:
+        ctx.whole = spikes.shape[-2:]
+        return F.avg_pool2d(spikes.flatten(0, 1), 2).unflatten(0, spikes.shape[:2])
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        quarters = F.interpolate(0.25 * g.flatten(0, 1), scale_factor=2, mode="nearest")
+        (H, W), (rows, columns) = ctx.whole, quarters.shape[-2:]
+        if (H, W) != (rows, columns):  # the last row or column of an odd side is in no average
+            quarters = F.pad(quarters, (0, W - columns, 0, H - rows))
+        return quarters.unflatten(0, g.shape[:2])
 
 
 def _kernels(device: torch.device) -> ModuleType:

@@ -211,7 +211,7 @@ def average(spikes):
 )
 def test_the_loop_that_averages_equals_an_average_pool_after_it(case, sizes, other):
     """Bit for bit, gradients too; ``other`` is 0 where the shape or the layout needs a pool of its own."""
-    C, H, W = sizes if other else (5, 2, 2)
+    C, H, W = sizes if other else (5, 2, 3)
     case = case | {"shape": [*case["shape"][:2], C, H, W], "layout": "channels_last"}
     x, v, mask = make(case)
     function, maps, d = SURROGATES[case["surrogate"]], case["maps"], case["dynamics"]
@@ -241,6 +241,15 @@ def test_averages_of_spikes_in_every_precision(dtype, backend):
     assert fused.dtype == dtype
     assert torch.equal(fused, expected)
     assert 0 < fused.float().mean() < 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_pool_keeps_no_spikes_for_its_backward_pass(layout):
+    x = lay_out(torch.randn(9, 2, 16, 4, 6), layout).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        time_loop(x, torch.zeros(2, 16, 4, 6), Dynamics(), LinearSurrogate(0.3), pool=True)
+    assert [t.dtype for t in kept if t.numel() >= x.numel()] == [torch.uint8]  # the slopes
 
 
 def test_averages_of_a_layer_that_several_threads_share():
