@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                         # VGG5, width 0.25, T = 100, batch 16
     python benchmarks/train_step.py --T 8 25 50 100 200     # cost against T
+    python benchmarks/train_step.py --width 0.25 0.5 1      # and against width
     python benchmarks/train_step.py --ours-only --runs 15   # gradient against activation attention, alone
     python benchmarks/train_step.py --against CHECKOUT      # ours against another checkout of this project
     python benchmarks/train_step.py --device cuda --width 1 --networks conv3_linear2 vgg5 vgg9 \\
@@ -13,8 +14,8 @@ activation attention at three levels, backward, Adam. The plain side is what a u
 are measured in turns in one process (with ``--against`` in one process for each checkout) and peak memory in
 separate processes (the median of three), above what each took after its imports. On CUDA the sides run one
 after the other, and the allocator tells each peak. ``epoch_minutes`` is the time of 50,000 images. Writes
-``results/train_step_DEVICE.csv`` after each setting and ``.png``; names end in ``_ours`` or ``_against`` with
-those options.
+``results/train_step_DEVICE.csv`` after each setting and ``.png``; names end in ``_ours``, ``_against`` or
+``_widths`` with those options.
 """
 
 from __future__ import annotations
@@ -349,7 +350,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["vgg5"])
     parser.add_argument("--T", type=int, nargs="+", default=[100])
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
-    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--width", type=float, nargs="+", default=[0.25])
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--compile", nargs="+", choices=["no", "yes", "graph"], default=["no"])
     parser.add_argument("--runs", type=int, default=7)
@@ -378,9 +379,11 @@ def main() -> None:
     print("; ".join(about.values()), flush=True)
     rows: list[dict] = []
     suffix = "_ours" * a.ours_only + "_against" * (a.against is not None) + "_keep_memory" * a.keep_memory
+    suffix += "_widths" * (len(a.width) > 1)
     name = f"train_step_{a.device}{suffix}"
-    for batch, network, T, precision in itertools.product(a.batch, a.networks, a.T, a.precision):
-        shared = {"network": network, "T": T, "batch": batch, "width": a.width, "device": a.device}
+    settings = itertools.product(a.batch, a.networks, a.width, a.T, a.precision)
+    for batch, network, width, T, precision in settings:
+        shared = {"network": network, "T": T, "batch": batch, "width": width, "device": a.device}
         cases = {}
         if a.against is not None:
             cases[OTHER] = Case(OTHER, precision=precision, **shared)
@@ -391,14 +394,14 @@ def main() -> None:
             cases[title] = Case(OURS, precision=precision, compile=mode, **shared)
         if not a.no_gradient and a.against is None:
             cases[GRADIENT] = Case(GRADIENT, precision=precision, compile=a.compile[0], **shared)
-        print(f"\n{network}, T = {T}, batch {batch}, {precision}", flush=True)
+        print(f"\n{network}, width {width}, T = {T}, batch {batch}, {precision}", flush=True)
         new = measure(cases, a)
         columns = ["what", "median_s", "min_s", "max_s", "faster", "against_activation", "images_per_second"]
         common.show(new, [*columns, "epoch_minutes", "paper_minutes", "peak_mib", "of_first_memory"])
         rows += [row | {"keep_memory": a.keep_memory} | about for row in new]
         path = common.write(name, rows)  # now, in case the rest is cut off
     print(f"\n{path}")
-    if len(a.networks) == len(a.batch) == len(a.precision) == 1:
+    if len(a.networks) == len(a.batch) == len(a.precision) == len(a.width) == 1:
         plot(rows, common.RESULTS / f"{name}.png")
 
 
