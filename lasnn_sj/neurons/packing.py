@@ -66,6 +66,8 @@ def kernel(packs: bool) -> Callable:
 def pack(x: Tensor) -> tuple[Tensor, float] | None:
     """Return a byte for each value of ``x``, in its layout, and the number that the values are multiples of.
 
+    -0.0 comes back as 0.0.
+
     Returns:
         ``None`` if ``x`` is small, is not float32 on the CPU, or has other values; NaN and infinity are such.
     """
