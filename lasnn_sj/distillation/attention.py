@@ -47,8 +47,9 @@ def activation_map(
     a = _check(a, "a")
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
-    # Not abs, whose gradient at 0 is 0: a silent neuron's rate must have one.
-    return _finish((torch.where(a < 0, -a, a) if power == 1 else a.square()).mean(1), normalize, size, center)
+    # The sign is a constant: abs has the gradient 0 at 0, and a silent neuron's rate must have one.
+    a = a * torch.copysign(a.new_ones(()), a.detach()) if power == 1 else a.square()
+    return _finish(a.mean(1), normalize, size, center)
 
 
 def gradient_map(
