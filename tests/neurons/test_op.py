@@ -215,11 +215,10 @@ def test_the_loop_that_averages_equals_an_average_pool_after_it(case, sizes, oth
     case = case | {"shape": [*case["shape"][:2], C, H, W], "layout": "channels_last"}
     x, v, mask = make(case)
     function, maps, d = SURROGATES[case["surrogate"]], case["maps"], case["dynamics"]
-    cut = {"BLOCK": 96, "EXTRAS_BLOCK": 96, "STREAM": 0} if case["small_blocks"] else {"BLOCK": cpu.BLOCK}
     outcomes = []
     for pool in (True, False):
         x_leaf, v_leaf = x.clone().requires_grad_(), v.clone().requires_grad_()
-        with mock.patch.multiple(cpu, **cut):
+        with mock.patch.multiple(cpu, BLOCK=96, EXTRAS_BLOCK=96, STREAM=0):
             result = time_loop(x_leaf, v_leaf, d, function, mask, maps, maps, case["through_trace"], pool)
             result = result if pool else result._replace(spikes=average(result.spikes))
             generator = torch.Generator().manual_seed(5)
