@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                         # VGG5, width 0.25, T = 100, batch 16
     python benchmarks/train_step.py --T 8 25 50 100 200     # cost against T
     python benchmarks/train_step.py --width 0.25 0.5 1      # and against width
+    python benchmarks/train_step.py --width 1 --time-chunks 2
     python benchmarks/train_step.py --ours-only --runs 15   # gradient against activation attention, alone
     python benchmarks/train_step.py --against CHECKOUT      # ours against another checkout of this project
     python benchmarks/train_step.py --device cuda --width 1 --networks conv3_linear2 vgg5 vgg9 \\
@@ -15,7 +16,7 @@ are measured in turns in one process (with ``--against`` in one process for each
 separate processes (the median of three), above what each took after its imports. On CUDA the sides run one
 after the other, and the allocator tells each peak. ``epoch_minutes`` is the time of 50,000 images. Writes
 ``results/train_step_DEVICE.csv`` after each setting and ``.png``; names end in ``_ours``, ``_against`` or
-``_widths`` with those options.
+``_widths`` or ``_2_chunks`` with those options.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Case:
     device: str = "cpu"
     precision: str = "float32"
     compile: str = "no"
+    time_chunks: int = 1
 
 
 class PlainNet(nn.Module):
@@ -155,11 +157,13 @@ def our_step(case: Case) -> Callable[[], object]:
             module.v_threshold = THRESHOLD
     names = [(f"features.{place}.neuron", name) for place, name in NETWORKS[case.network][2].items()]
     options = {}
-    if (case.precision, case.compile) != ("float32", "no"):  # a checkout from before them is measured too
+    if (case.precision, case.compile, case.time_chunks) != ("float32", "no", 1):  # not in every checkout
         from lasnn_sj.training import TrainingOptions
 
         compiled = {"no": False, "yes": True, "graph": "graph"}[case.compile]
-        options["options"] = TrainingOptions(precision=case.precision, compile=compiled)
+        options["options"] = TrainingOptions(
+            precision=case.precision, compile=compiled, time_chunks=case.time_chunks
+        )
     trainer = LaSNNTrainer(
         student, models.teacher_resnet20(10).eval(), encoder=PoissonEncoder(case.T), pairs=names,
         attention="gradient" if case.side == GRADIENT else "activation", device=case.device, **options,
@@ -353,6 +357,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, nargs="+", default=[0.25])
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--compile", nargs="+", choices=["no", "yes", "graph"], default=["no"])
+    parser.add_argument("--time-chunks", type=int, default=1, help="pieces of time of our steps: less memory")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of PyTorch and the neurons")
     parser.add_argument("--keep-memory", action="store_true", help="with neurons.disable_malloc_trim()")
@@ -379,7 +384,7 @@ def main() -> None:
     print("; ".join(about.values()), flush=True)
     rows: list[dict] = []
     suffix = "_ours" * a.ours_only + "_against" * (a.against is not None) + "_keep_memory" * a.keep_memory
-    suffix += "_widths" * (len(a.width) > 1)
+    suffix += "_widths" * (len(a.width) > 1) + f"_{a.time_chunks}_chunks" * (a.time_chunks > 1)
     name = f"train_step_{a.device}{suffix}"
     settings = itertools.product(a.batch, a.networks, a.width, a.T, a.precision)
     for batch, network, width, T, precision in settings:
@@ -391,9 +396,11 @@ def main() -> None:
             cases[PLAIN] = Case(PLAIN, precision=precision, **shared)
         for mode in a.compile:
             title = OURS if mode == a.compile[0] else f"{OURS}, compile {mode}"
-            cases[title] = Case(OURS, precision=precision, compile=mode, **shared)
+            cases[title] = Case(OURS, precision=precision, compile=mode, time_chunks=a.time_chunks, **shared)
         if not a.no_gradient and a.against is None:
-            cases[GRADIENT] = Case(GRADIENT, precision=precision, compile=a.compile[0], **shared)
+            cases[GRADIENT] = Case(
+                GRADIENT, precision=precision, compile=a.compile[0], time_chunks=a.time_chunks, **shared
+            )
         print(f"\n{network}, width {width}, T = {T}, batch {batch}, {precision}", flush=True)
         new = measure(cases, a)
         columns = ["what", "median_s", "min_s", "max_s", "faster", "against_activation", "images_per_second"]
