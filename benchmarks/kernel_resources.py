@@ -29,7 +29,7 @@ from lasnn_sj.neurons.op import RESETS, SHAPES
 LIMITS = {80: (2048, 32), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}
 PARTITIONS, PARTITION_REGISTERS, REGISTER_UNIT = 4, 16384, 256
 SIZES = {"float": 4, "BFloat16": 2, "Float16": 2}
-NAME = re.compile(r"lif_(\w+)<(\w+), (\d+), (\d), (\d), (\d)>")
+NAME = re.compile(r"lif_(\w+)<(\w+), (\d+), (\d), (\d), (\d), (\d)>")
 T = 100  # time steps over which a neuron's own bytes are spread
 
 
@@ -143,75 +143,70 @@ def unroll(size: int, width: int) -> int:
 
 
 def bytes_moved(kernel: str) -> tuple[float, float, float]:
-    """Bytes for each neuron and step, once for each neuron, and the least for each neuron and step.
+    """Bytes read and written for each neuron and step, and moved once for each neuron.
 
-    The least forward reads the input once, writes the spikes and, for a backward, a byte of slope once; the
-    least backward reads the spikes' gradient and the slope and writes the input's gradient, and where it has
-    to know who fired reads a bit. Without dropout mask; the rate is asked for, as attention does.
+    They are the least possible: the forward reads the input once and writes the spikes, or a quarter of them
+    where 2x2 pixels are averaged, and for a backward a byte of slope; the backward reads the spikes' gradient
+    and the slope and writes the input's gradient. A bit tells who fired where the backward has to know.
+    Without dropout mask; the rate is asked for, as attention does.
     """
-    direction, dtype, _, reset, shape, amap = NAME.fullmatch(kernel).groups()
+    direction, dtype, _, reset, shape, amap, pool = NAME.fullmatch(kernel).groups()
     size, amap = SIZES[dtype], int(amap)
+    spikes = size / 4 if int(pool) else size
+    bit = (amap or reset == "2") / 8
     if direction == "forward":
-        slope = shape != "3"
-        step = 2 * size + slope
-        return step, 4 * (3 + amap), step  # v, v_T, rate, map
-    fired = amap or reset == "2"
+        kept = 1 + bit if shape != "3" else 0
+        return size, spikes + kept, 4 * (3 + amap)  # v, v_T, rate, map
     at_start = reset == "0" and shape != "3"  # v0, for the first step's attached reset
-    return 2 * size + 1 + size * fired, 4 * (3 + amap + at_start), 2 * size + 1 + fired / 8
+    return spikes + 1 + bit, size, 4 * (3 + amap + at_start)
 
 
 def row(kernel: str, arch: int, usage: Usage, more_registers: bool, bandwidth: float) -> dict[str, object]:
     """A variant's row of the table."""
-    direction, dtype, width, reset, shape, amap = NAME.fullmatch(kernel).groups()
+    direction, dtype, width, reset, shape, amap, pool = NAME.fullmatch(kernel).groups()
     share = occupancy(usage.registers, arch)
     size, width = SIZES[dtype], int(width)
-    step, once, least = bytes_moved(kernel)
-    written = size + (direction == "forward" and shape != "3")
-    in_flight = share * LIMITS[arch][0] * unroll(size, width) * width * (step - written)
+    read, written, once = bytes_moved(kernel)
+    in_flight = share * LIMITS[arch][0] * unroll(size, width) * width * read
     return {
         "kernel": kernel, "arch": f"sm_{arch}", "direction": direction, "dtype": dtype, "width": width,
-        "reset": RESETS[int(reset)], "shape": SHAPES[int(shape)], "map": int(amap),
+        "reset": RESETS[int(reset)], "shape": SHAPES[int(shape)], "map": int(amap), "pool": int(pool),
         "registers": usage.registers, "more_registers": more_registers,
         "stack_bytes": usage.stack_bytes, "spill_bytes": usage.spill_bytes,
         "shared_bytes": usage.shared_bytes, "occupancy": share, "kib_ahead": in_flight / 1024,
-        "bytes_per_neuron_step": step, "bytes_per_neuron": once, "least_bytes_per_neuron_step": least,
-        "roofline_us": (step * T + once) * 1e6 / bandwidth * 1e6,
-        "least_us": least * T * 1e6 / bandwidth * 1e6,
+        "bytes_per_neuron_step": read + written, "bytes_per_neuron": once,
+        "roofline_us": ((read + written) * T + once) * 1e6 / bandwidth * 1e6,
     }  # fmt: skip
 
 
 def summary(rows: list[dict], bandwidth: float) -> str:
-    """Markdown: one line for each architecture, direction, dtype, width and map."""
+    """Markdown: one line for each architecture, direction, dtype, width, map and pool."""
     kinds: dict[tuple, list[dict]] = {}
     for r in rows:
-        key = tuple(r[c] for c in ("arch", "direction", "dtype", "width", "map"))
+        key = tuple(r[c] for c in ("arch", "direction", "dtype", "width", "map", "pool"))
         kinds.setdefault(key, []).append(r)
     lines = [
         "# Resources of the CUDA kernels",
         "",
         f"{len(rows)} variants as compiled, {cuda.THREADS} threads a block; ranges are over resets and "
         f"surrogates. Ahead: KiB that the resident threads of a multiprocessor request before they use them. "
-        f"Bytes: for each neuron and step, counted, and the least possible. Time: of 10^6 neurons over {T} "
-        f"steps at {bandwidth / 1e12:g} TB/s, and of the least bytes; computed, not measured.",
+        f"Pool: the kernel averages 2x2 pixels. Bytes: for each neuron and step, counted. Time: of 10^6 neurons "
+        f"over {T} steps at {bandwidth / 1e12:g} TB/s; computed, not measured.",
         "",
-        "| arch | pass | dtype | width | map | registers | spills | shared | occupancy | ahead | bytes "
-        "| least | us | least us |",
-        "|---" * 14 + "|",
+        "| arch | pass | dtype | width | map | pool | registers | spills | shared | occupancy | ahead | bytes "
+        "| us |",
+        "|---" * 13 + "|",
     ]
-    for (arch, direction, dtype, width, amap), group in kinds.items():
+    for (arch, direction, dtype, width, amap, pool), group in kinds.items():
 
         def span(column: str, form: str = "{:g}", group: list[dict] = group) -> str:
             ends = [form.format(end(r[column] for r in group)) for end in (min, max)]
             return "-".join(dict.fromkeys(ends))
 
-        cells = [arch, direction, dtype, width, "yes" if amap else "no", span("registers")]
+        cells = [arch, direction, dtype, width, *("yes" if flag else "no" for flag in (amap, pool))]
+        cells += [span("registers")]
         cells += [span("spill_bytes"), span("shared_bytes"), span("occupancy", "{:.0%}")]
-        cells += [span("kib_ahead", "{:.0f}"), span("bytes_per_neuron_step")]
-        cells += [
-            span("least_bytes_per_neuron_step"),
-            span("roofline_us", "{:.0f}"),
-            span("least_us", "{:.0f}"),
-        ]
+        cells += [span("kib_ahead", "{:.0f}"), span("bytes_per_neuron_step"), span("roofline_us", "{:.0f}")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -18,7 +18,7 @@ from .cpu_kernels import (
 )
 from .dynamics import LoopParameters, Reset, Shape
 from .lanes import HAS_HALVES, WIDTH
-from .layout import empty_bits, empty_pooled, empty_sequence
+from .layout import empty_pooled, empty_sequence
 from .memory import advise_huge_pages
 from .slopes import ATAN_ANGLE, NO_SLOPE, SIGMOID_ANGLE, decoded
 from .threads import run
@@ -100,6 +100,12 @@ def _code(p: LoopParameters) -> int:
     return p.shape
 
 
+def empty_fired(x: Tensor, p: LoopParameters) -> Tensor:
+    """Allocate a bit for each neuron and step, if it is kept: int16 ``[T, number of 16-bit words]``."""
+    words = (x.shape[1:].numel() + 15) // 16
+    return x.new_empty((x.shape[0] if p.keep_fired else 0, words), dtype=torch.int16)
+
+
 def forward(
     x: Tensor, v: Tensor, mask: Tensor | None, p: LoopParameters
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
@@ -124,7 +130,7 @@ def forward(
     spikes = advise_huge_pages((empty_pooled if p.pool else empty_sequence)(x, x.dtype))
     slope = empty_sequence(x, torch.uint8) if p.keep_slope else torch.empty(0, dtype=torch.uint8)
     advise_huge_pages(slope)
-    fired = empty_bits(x if p.keep_fired else x[:0])
+    fired = empty_fired(x, p)
     step = empty_sequence(x[:1], torch.float32)[0]
     v_T = torch.empty_like(step)
     rate = torch.empty_like(v_T) if p.firing_rate else None

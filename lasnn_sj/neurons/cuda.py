@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .dynamics import TRACE_DECAY, TRACE_STEPS, LoopParameters, Reset, Shape
-from .layout import empty_sequence
+from .layout import empty_pooled, empty_sequence
 
 THREADS = 128  # as in the kernels' __launch_bounds__
 BUSY = 512  # threads that each multiprocessor should have before a thread runs more neurons
@@ -29,14 +29,14 @@ MORE_REGISTERS = "-DMORE_REGISTERS"  # for variants that would spill otherwise; 
 
 # Argument structures of lif.cu.
 _FORWARD = np.dtype(
-    [(name, np.uint64) for name in ("x", "v", "mask", "spikes", "v_T", "rate", "amap", "slope")]
-    + [(name, np.int64) for name in ("T", "n", "x_step")]
+    [(name, np.uint64) for name in ("x", "v", "mask", "spikes", "v_T", "rate", "amap", "slope", "fired")]
+    + [(name, np.int64) for name in ("T", "n", "x_step", "right", "below")]
     + [(name, np.float32) for name in ("leak", "gain", "offset", "v_threshold", "v_reset", "scale")]
 )
 _BACKWARD = np.dtype(
     [(name, np.uint64) for name in ("g_spikes", "g_v", "g_rate", "g_map")]
-    + [(name, np.uint64) for name in ("spikes", "slope", "v0", "mask", "g_x", "g_v0")]
-    + [(name, np.int64) for name in ("T", "n", "g_step")]
+    + [(name, np.uint64) for name in ("fired", "slope", "v0", "mask", "g_x", "g_v0")]
+    + [(name, np.int64) for name in ("T", "n", "g_step", "right", "below")]
     + [(name, np.float32) for name in ("leak", "gain", "v_threshold", "v_reset", "scale", "peak")]
     + [(name, np.float32) for name in ("attached", "through_trace")]
 )
@@ -80,25 +80,28 @@ def _why_no_cupy() -> str | None:
 
 def forward(
     x: Tensor, v: Tensor, mask: Tensor | None, p: LoopParameters
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope)``.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Run the loop: ``(spikes, v, firing_rate | None, activation_map | None, slope, fired)``.
+
+    With ``p.pool`` the spikes are averages, see :func:`.layout.can_pool`.
 
     Args:
         x: ``[T, N, ...]``, float32, bfloat16 or float16; each step without gaps in memory, any stride
             between steps, 0 too. ``spikes`` get its dtype and the layout of its steps.
         v: ``[N, ...]``, float32.
-        mask: ``[N, ...]`` or ``None``. A spike that it removes is written as -0.0.
+        mask: ``[N, ...]`` or ``None``.
 
     ``slope`` is uint8, ``[T, N, ...]``, in 1/255 of the surrogate's peak; empty without
-    ``p.keep_slope``. ``x`` is not checked for NaN, which would stall the device.
+    ``p.keep_slope``. ``fired`` is that of :func:`empty_fired`; empty without ``p.keep_fired``. ``x`` is not checked for NaN, which would stall the device.
     """
     step = x[0]
     outputs = (
-        empty_sequence(x, x.dtype),
+        (empty_pooled if p.pool else empty_sequence)(x, x.dtype),
         torch.empty_like(step, dtype=torch.float32),
         torch.empty_like(step, dtype=torch.float32) if p.firing_rate else None,
         torch.empty_like(step, dtype=torch.float32) if p.activation_map else None,
         empty_sequence(x, torch.uint8) if p.keep_slope else step.new_empty(0, dtype=torch.uint8),
+        empty_fired(x, p),
     )
     if step.numel():
         inputs = (x, _as_step(v, step), _as_step(mask, step))
@@ -111,7 +114,7 @@ def backward(
     g_v: Tensor | None,
     g_rate: Tensor | None,
     g_map: Tensor | None,
-    spikes: Tensor | None,
+    fired: Tensor | None,
     slope: Tensor,
     v0: Tensor,
     mask: Tensor | None,
@@ -120,46 +123,55 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Run the adjoint of :func:`forward`: gradients of ``x`` (in ``dtype``) and ``v``, in ``slope``'s layout.
 
-    A gradient that is ``None`` counts as 0. ``spikes`` may be ``None`` unless the reset is hard or
+    A gradient that is ``None`` counts as 0. ``fired`` may be ``None`` unless the reset is hard or
     ``g_map`` is given.
     """
-    step = slope[0]
-    overlaps = g_spikes is not None and 0 < g_spikes.stride(0) < step.numel()
+    step, empty = slope[0], empty_pooled if p.pool else empty_sequence
+    like = empty(slope[:1], dtype)[0]
     if g_spikes is None:
-        g_spikes = torch.zeros_like(step, dtype=dtype).expand(slope.shape)
-    elif g_spikes.dtype != dtype or not _same_order(g_spikes[0], step) or overlaps:
-        g_spikes = empty_sequence(slope, dtype).copy_(g_spikes)
-    spikes = None if spikes is None else spikes.to(dtype)
+        g_spikes = like.zero_().expand(len(slope), *like.shape)
+    elif (
+        g_spikes.dtype != dtype
+        or not _same_order(g_spikes[0], like)
+        or 0 < g_spikes.stride(0) < like.numel()  # steps overlap
+    ):
+        g_spikes = empty(slope, dtype).copy_(g_spikes)
     g_x = empty_sequence(slope, dtype)
     g_v0 = torch.empty_like(step, dtype=torch.float32)
     if step.numel():
         inputs = (
             g_spikes, _as_step(g_v, step), _as_step(g_rate, step), _as_step(g_map, step),
-            spikes, slope, _as_step(v0, step), _as_step(mask, step),
+            fired, slope, _as_step(v0, step), _as_step(mask, step),
         )  # fmt: skip
         _launch(plan_backward(*inputs, (g_x, g_v0), p, _processors(slope.device)), slope.device)
     return g_x, g_v0
+
+
+def empty_fired(x: Tensor, p: LoopParameters) -> Tensor:
+    """Allocate what tells who fired: uint8 ``[ceil(T / 8), N, ...]``, bit ``t % 8`` of byte ``t // 8`` at ``t``."""
+    return empty_sequence(x[::8], torch.uint8) if p.keep_fired else x.new_empty(0, dtype=torch.uint8)
 
 
 def plan_forward(
     x: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor],
     p: LoopParameters,
     processors: int,
 ) -> Launch:
     """Plan a forward launch: variant and arguments. All tensors are in the memory order of ``x[0]``."""
     T, n = x.shape[0], x[0].numel()
     x_step = x.stride(0) if T > 1 else 0
-    width = _width(n, x_step, x.element_size(), processors, (x, v, mask, *outputs))
+    right, below = _window(x[0], p.pool)
+    width = _width(n, x_step, x.element_size(), processors, (x, v, mask, *outputs), right)
     shape = p.shape if p.keep_slope else Shape.NONE
     pointers = [_pointer(t) for t in (x, v, mask, *outputs)]
     numbers = (p.leak, p.gain, p.offset, p.v_threshold, p.v_reset, p.scale)
     return Launch(
-        kernel_name("forward", x.dtype, width, p.reset, shape, p.activation_map),
+        kernel_name("forward", x.dtype, width, p.reset, shape, p.activation_map, p.pool),
         -(-n // (width * THREADS)),
-        np.array((*pointers, T, n, x_step, *numbers), _FORWARD),
+        np.array((*pointers, T, n, x_step, right, below, *numbers), _FORWARD),
     )
 
 
@@ -168,7 +180,7 @@ def plan_backward(
     g_v: Tensor | None,
     g_rate: Tensor | None,
     g_map: Tensor | None,
-    spikes: Tensor | None,
+    fired: Tensor | None,
     slope: Tensor,
     v0: Tensor,
     mask: Tensor | None,
@@ -177,45 +189,53 @@ def plan_backward(
     processors: int,
 ) -> Launch:
     """Plan a backward launch: variant and arguments. All tensors are in the memory order of ``slope[0]``."""
-    if spikes is None and (g_map is not None or p.reset == Reset.HARD):
-        raise ValueError("spikes must be given for a hard reset and for g_map, got None")
+    if fired is None and (g_map is not None or p.reset == Reset.HARD):
+        raise ValueError("fired must be given for a hard reset and for g_map, got None")
     T, n = slope.shape[0], slope[0].numel()
     g_step = g_spikes.stride(0) if T > 1 else 0
-    tensors = (g_spikes, g_v, g_rate, g_map, spikes, slope, v0, mask, *outputs)
-    width = _width(n, g_step, g_spikes.element_size(), processors, tensors)
+    tensors = (g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, *outputs)
+    right, below = _window(slope[0], p.pool)
+    width = _width(n, g_step, g_spikes.element_size(), processors, tensors, right)
     # A detached reset needs no potentials, an attached soft one only the slope.
     shape = Shape.NONE if p.detach_reset or p.reset == Reset.SOFT else p.shape
     pointers = [_pointer(t) for t in tensors]
     numbers = (p.leak, p.gain, p.v_threshold, p.v_reset, p.scale, p.peak)
     switches = (not p.detach_reset, p.through_trace)
     return Launch(
-        kernel_name("backward", g_spikes.dtype, width, p.reset, shape, g_map is not None),
+        kernel_name("backward", g_spikes.dtype, width, p.reset, shape, g_map is not None, p.pool),
         -(-n // (width * THREADS)),
-        np.array((*pointers, T, n, g_step, *numbers, *switches), _BACKWARD),
+        np.array((*pointers, T, n, g_step, right, below, *numbers, *switches), _BACKWARD),
     )
 
 
 def kernel_name(
-    direction: str, dtype: torch.dtype, width: int, reset: int, shape: int, activation_map: bool
+    direction: str,
+    dtype: torch.dtype,
+    width: int,
+    reset: int,
+    shape: int,
+    activation_map: bool,
+    pool: bool,
 ) -> str:
-    """Return the C++ name of a variant, for example ``lif_forward<float, 4, 0, 0, 0>``."""
-    return f"lif_{direction}<{TYPES[dtype]}, {width}, {int(reset)}, {int(shape)}, {int(activation_map)}>"
+    """Return the C++ name of a variant, for example ``lif_forward<float, 4, 0, 0, 0, 0>``."""
+    codes = (width, reset, shape, activation_map, pool)
+    return f"lif_{direction}<{TYPES[dtype]}, {', '.join(str(int(code)) for code in codes)}>"
 
 
-def widths(element_size: int) -> list[int]:
-    """Return the numbers of neurons that a thread may run, widest (16 bytes) first."""
-    return [w for w in (8, 4, 2, 1) if w * element_size <= 16]
+def widths(element_size: int, pool: bool = False) -> list[int]:
+    """Return the numbers of neurons that a thread may run, widest (16 bytes of a step) first."""
+    return [w for w in ((8, 4) if pool else (8, 4, 2, 1)) if w * element_size <= 16]
 
 
 def kernel_names() -> list[str]:
     """Return every variant that :func:`forward` and :func:`backward` can launch."""
     return [
-        kernel_name(direction, dtype, width, reset, shape, activation_map)
-        for direction, dtype, reset, shape, activation_map in product(
-            ("forward", "backward"), TYPES, Reset, Shape, (False, True)
+        kernel_name(direction, dtype, width, reset, shape, activation_map, pool)
+        for direction, dtype, reset, shape, activation_map, pool in product(
+            ("forward", "backward"), TYPES, Reset, Shape, (False, True), (False, True)
         )
         if not (direction == "backward" and reset == Reset.SOFT and shape != Shape.NONE)
-        for width in widths(dtype.itemsize)
+        for width in widths(dtype.itemsize, pool)
     ]
 
 
@@ -228,15 +248,36 @@ def source() -> str:
     return constants + resources.files(__package__).joinpath("lif.cu").read_text(encoding="utf-8")
 
 
-def _width(n: int, row: int, element_size: int, processors: int, tensors: tuple[Tensor | None, ...]) -> int:
-    """Return the neurons per thread: what 16 bytes hold if memory is aligned and the device stays busy."""
-    for width in widths(element_size):
-        aligned = n % width == row % width == 0 and all(
-            _pointer(t) % (width * t.element_size()) == 0 for t in tensors if t is not None
+def _window(step: Tensor, pool: bool) -> tuple[int, int]:
+    """Return the distances of the neurons right of and below one in a channels_last step; 0 without a pool."""
+    return (step.shape[1], step.shape[1] * step.shape[3]) if pool else (0, 0)
+
+
+def _width(
+    n: int,
+    row: int,
+    element_size: int,
+    processors: int,
+    tensors: tuple[Tensor | None, ...],
+    channels: int = 0,
+) -> int:
+    """Return the neurons per thread: what 16 bytes hold if memory is aligned and the device stays busy.
+
+    Args:
+        n: neurons of the layer.
+        row: elements between two steps of the input.
+        tensors: all that the kernel reads and writes.
+        channels: of a layer whose 2x2 pixels are averaged, else 0. A thread then runs four pixels.
+    """
+    choices = widths(element_size, channels > 0)
+    for width in choices:
+        together = width // 4 if channels else width  # neurons of one access
+        aligned = (channels or n) % together == row % together == 0 and all(
+            _pointer(t) % (together * t.element_size()) == 0 for t in tensors if t is not None
         )
         if aligned and n >= width * BUSY * processors:
             return width
-    return 1
+    return choices[-1]
 
 
 def _pointer(t: Tensor | None) -> int:

@@ -82,7 +82,7 @@ class LoopParameters(NamedTuple):
 
     The surrogate is ``peak * shape(scale * |v - v_threshold|)`` (see ``surrogate.KernelForm``); ``shape`` is
     a :class:`Shape` and ``reset`` a :class:`Reset`. Without ``keep_slope`` (no gradient is wanted) no slope
-    bytes are written. With ``pool`` (on the CPU) the spikes that are returned are averages of 2x2 pixels.
+    bytes are written. With ``pool`` the spikes that are returned are averages of 2x2 pixels.
     """
 
     leak: float

@@ -30,17 +30,13 @@ def empty_sequence(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(x.shape, (step.numel(), *step.stride()), dtype=dtype, device=x.device)
 
 
-def empty_bits(x: Tensor) -> Tensor:
-    """Allocate a bit for each element of ``x``: int16 ``[T, number of 16-bit words]``."""
-    return x.new_empty((x.shape[0], (x.shape[1:].numel() + 15) // 16), dtype=torch.int16)
-
-
 def can_pool(x: Tensor) -> bool:
     """Return whether the time loop can average 2x2 pixels of ``x``: channels_last steps ``[N, C, H, W]``."""
     if x.dim() != 5 or x.numel() == 0:
         return False
     _, _, C, H, W = x.shape
-    return C % 16 == H % 2 == W % 2 == 0 and x[0].is_contiguous(memory_format=torch.channels_last)
+    together = 16 if x.device.type == "cpu" else 1  # channels that the kernels run together
+    return C % together == H % 2 == W % 2 == 0 and x[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backends import choose, warn_once
 from .dynamics import RESETS, Dynamics, LoopParameters, LoopResult, Shape, run
-from .layout import can_pool, empty_bits, empty_pooled, empty_sequence, is_time_major
+from .layout import can_pool, empty_pooled, empty_sequence, is_time_major
 from .surrogate import kernel_form
 
 SHAPES = tuple(code.name.lower() for code in Shape)
@@ -37,9 +37,9 @@ def time_loop(
 ) -> LoopResult:
     """Run a layer of neurons over time; see :func:`.dynamics.run` for the other arguments.
 
-    With ``pool`` the spikes that are returned are averages of 2x2 pixels, ``[T, N, C, H / 2, W / 2]``. On the
-    CPU, with channels_last steps of a multiple of 16 channels and even sides, the spikes themselves are not
-    written to memory.
+    With ``pool`` the spikes that are returned are averages of 2x2 pixels, ``[T, N, C, H / 2, W / 2]``. With
+    channels_last steps of even sides (on the CPU of a multiple of 16 channels too) the spikes themselves are
+    not written to memory.
 
     An ``x`` whose steps are gapless blocks of memory is not copied (in channels_last too, or one step
     repeated with time stride 0), and the results have the layout of its steps; any other ``x`` is copied
@@ -73,6 +73,7 @@ def time_loop(
         result = run(x, v, dynamics, surrogate, mask, firing_rate, activation_map, through_trace)
         return result._replace(spikes=_Average.apply(result.spikes)) if pool else result
 
+    x = x if is_time_major(x) else x.contiguous()
     form = kernel_form(surrogate, dynamics.v_threshold)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
     parameters = LoopParameters(
@@ -90,9 +91,8 @@ def time_loop(
         activation_map=activation_map,
         through_trace=through_trace,
         keep_slope=wants_gradient,
-        pool=pool and chosen.name == "numba" and can_pool(x),
+        pool=pool and can_pool(x),
     )
-    x = x if is_time_major(x) else x.contiguous()
     spikes, v, rate, amap, _, _ = _time_loop(x, v, mask, [float(value) for value in parameters])
     if pool and not parameters.pool:
         spikes = _Average.apply(spikes)
@@ -162,9 +162,9 @@ def _time_loop(
     if not is_time_major(x):
         raise ValueError(f"x must be laid out time-major without gaps, got strides {x.stride()}")
     p = _unpack(parameters)
-    spikes, v_T, rate, amap, slope, *fired = _kernels(x.device).forward(x, v, mask, p)
+    spikes, v_T, rate, amap, slope, fired = _kernels(x.device).forward(x, v, mask, p)
     rate, amap = (x.new_empty(0) if t is None else t for t in (rate, amap))
-    return spikes, v_T, rate, amap, slope, fired[0] if fired else empty_bits(x[:0])
+    return spikes, v_T, rate, amap, slope, fired
 
 
 @_time_loop.register_fake
@@ -177,7 +177,7 @@ def _(x, v, mask, parameters):
         torch.empty_like(step) if p.firing_rate else x.new_empty(0),
         torch.empty_like(step) if p.activation_map else x.new_empty(0),
         empty_sequence(x, torch.uint8) if p.keep_slope else x.new_empty(0, dtype=torch.uint8),
-        empty_bits(x if p.keep_fired and x.device.type == "cpu" else x[:0]),
+        _kernels(x.device).empty_fired(x, p),
     )
 
 
@@ -194,10 +194,7 @@ def _time_loop_backward(
     parameters: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` (in ``dtype``) and of the first state (float32).
-
-    ``fired`` is the forward's own, or the spikes if its kernels mark them there.
-    """
+    """Return the gradients of ``x`` (in ``dtype``) and of the first state (float32)."""
     return _kernels(slope.device).backward(
         g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, _unpack(parameters), dtype
     )
@@ -211,13 +208,9 @@ def _(g_spikes, g_v, g_rate, g_map, fired, slope, v0, mask, parameters, dtype):
 
 def _setup_context(ctx, inputs, output) -> None:
     x, v, mask, ctx.parameters = inputs
-    spikes, _, _, _, slope, fired = output
-    p = _unpack(ctx.parameters)
-    if not p.keep_fired:
-        fired = None
-    elif fired.numel() == 0:  # the CUDA kernels read it from the spikes
-        fired = spikes
-    ctx.save_for_backward(fired, slope, v, mask)
+    *_, slope, fired = output
+    keep_fired = _unpack(ctx.parameters).keep_fired
+    ctx.save_for_backward(fired if keep_fired else None, slope, v, mask)
     ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
 

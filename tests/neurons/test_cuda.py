@@ -158,13 +158,19 @@ def shape_of(p: LoopParameters, z: Tensor) -> Tensor:
     return [(1 - z).clamp_min(0), 1 / (1 + z * z), 4 * s * (1 - s)][p.shape]
 
 
-def kept_potentials(slope: Tensor, spikes: Tensor, p: LoopParameters) -> Tensor:
+def unpacked(fired: Tensor, T: int) -> Tensor:
+    """Who fired, ``[T, N, ...]``, from the bits that the kernels keep."""
+    steps = [fired >> bit & 1 for bit in range(8)]
+    return torch.stack(steps, 1).flatten(0, 1)[:T].bool()
+
+
+def kept_potentials(slope: Tensor, fired: Tensor, p: LoopParameters) -> Tensor:
     """Potentials as far as one byte and the side of the threshold tell."""
     s = slope.double().clamp_min(0.5) / 255
     r = (1 - s).sqrt()
     z = [1 - s, (1 / s - 1).sqrt(), torch.log((1 + r) / (1 - r).clamp_min(1e-12))][p.shape]
     z = torch.where(slope == 255, torch.zeros_like(z), z) if p.shape == 2 else z
-    side = torch.where(spikes.view(torch.int16 if spikes.itemsize == 2 else torch.int32) != 0, 1.0, -1.0)
+    side = torch.where(fired, 1.0, -1.0)
     return (p.v_threshold + side * z / p.scale).float()
 
 
@@ -193,16 +199,22 @@ def draw(T: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> S
         v=0.8 * n(shape),
         mask=(torch.rand(shape) < 0.7).float() / 0.7,
         g_spikes=n(T, *shape).to(dtype),
+        g_pooled=n(T, *shape[:-2], *(size // 2 for size in shape[-2:])).to(dtype),
         g_v=n(shape),
         g_rate=n(shape),
         g_map=n(shape),
     )
 
 
-def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, through_trace=False):
+def pooled(spikes: Tensor) -> Tensor:
+    """Averages of 2x2 pixels of ``[T, N, C, H, W]``, by PyTorch."""
+    return torch.nn.functional.avg_pool2d(spikes.flatten(0, 1), 2).unflatten(0, spikes.shape[:2])
+
+
+def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, through_trace=False, pool=False):
     """One forward and backward of the kernels against ``dynamics.run`` and autograd."""
     flags = dict(firing_rate=maps, activation_map=maps, through_trace=through_trace)
-    p = parameters(d, shape, **flags)
+    p = parameters(d, shape, **flags, pool=pool)
     mask = case.mask if use_mask else None
     dtype = case.x.dtype
 
@@ -214,20 +226,21 @@ def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, throu
         return base.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
     x, v = put(case.x), put(case.v)
-    spikes, v_T, rate, amap, slope = cuda.forward(x, v, put(mask), p)
-    gradients = [put(g) for g in (case.g_spikes, case.g_v, case.g_rate, case.g_map)]
+    spikes, v_T, rate, amap, slope, fired = cuda.forward(x, v, put(mask), p)
+    g_spikes = case.g_pooled if pool else case.g_spikes
+    gradients = [put(g) for g in (g_spikes, case.g_v, case.g_rate, case.g_map)]
     g_x, g_v0 = cuda.backward(
         *(gradients if maps else (*gradients[:2], None, None)),
-        spikes if maps or d.reset == "hard" else None, slope, v, put(mask), p, dtype,
+        fired if maps or d.reset == "hard" else None, slope, v, put(mask), p, dtype,
     )  # fmt: skip
-    for t in (spikes, slope, g_x):
+    for t in (slope, g_x) if pool else (spikes, slope, g_x):
         assert memory_order(t[0]) == memory_order(x[0])
     assert (spikes.dtype, g_x.dtype, slope.dtype, v_T.dtype) == (dtype, dtype, torch.uint8, torch.float32)
-    spikes, v_T, slope, g_x, g_v0 = (t.cpu() for t in (spikes, v_T, slope, g_x, g_v0))
+    spikes, v_T, slope, fired, g_x, g_v0 = (t.cpu() for t in (spikes, v_T, slope, fired, g_x, g_v0))
 
     with monkeypatch.context() as patch:
         if d.reset == "hard" and not d.detach_reset:
-            patch.setattr(dynamics, "step", attached_hard_step(kept_potentials(slope, spikes, p)))
+            patch.setattr(dynamics, "step", attached_hard_step(kept_potentials(slope, unpacked(fired, len(slope)), p)))
         oracle_x = case.x.clone().requires_grad_()
         oracle_v = case.v.clone().requires_grad_()
         result = dynamics.run(
@@ -235,7 +248,8 @@ def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, throu
             firing_rate=maps, activation_map=maps, through_trace=through_trace,
         )  # fmt: skip
     assert 0.03 < (spikes != 0).float().mean() < 0.97 or spikes.numel() < 200
-    assert torch.equal(spikes, result.spikes)  # -0.0 equals 0.0
+    result = result._replace(spikes=pooled(result.spikes)) if pool else result
+    assert torch.equal(spikes, result.spikes)
     assert torch.equal(v_T, result.v)
     if maps:
         torch.testing.assert_close(rate.cpu(), result.firing_rate, rtol=2e-7, atol=0)
@@ -270,6 +284,27 @@ def test_every_variant_equals_the_oracle(reset, shape, dtype, detach_reset, devi
     check(case, d, shape, device, monkeypatch, use_mask=True, maps=True, through_trace=True)
 
 
+@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reset", RESETS)
+def test_the_loop_that_averages_equals_the_oracle_and_a_pool(
+    reset, dtype, channels, device, monkeypatch, launched
+):
+    for T, shape, detach_reset in zip((1, 7, 8, 9, 21, 40), SHAPES * 2, (True, False) * 3):
+        case = draw(T, (2, channels, 4, 6), dtype, seed=T)
+        case.x, case.g_spikes, case.g_pooled = map(
+            LAYOUTS["channels_last"], (case.x, case.g_spikes, case.g_pooled)
+        )
+        d = Dynamics(0.9, 1.2, reset, v_reset=-0.1, detach_reset=detach_reset)
+        check(case, d, shape, device, monkeypatch, pool=True)
+        check(case, d, shape, device, monkeypatch, pool=True, use_mask=True, maps=True, through_trace=True)
+        case.x = case.x[:1].expand(case.x.shape)  # a step that repeats
+        case.g_pooled = case.g_pooled[:1, :1, :1, :1, :1].expand(case.g_pooled.shape)  # from .sum()
+        check(case, d, shape, device, monkeypatch, pool=True, maps=True)
+    width = 8 if dtype.itemsize == 2 and channels == 2 else 4
+    assert {plan.kernel.split(", ")[1] for plan in launched} == {str(width)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 33, 34, 36, 40, 1025])
 def test_every_size_and_width(n, dtype, device, monkeypatch, launched):
@@ -287,7 +322,7 @@ def _offset(t: Tensor) -> Tensor:
 
 
 LAYOUTS = {
-    "channels_last": lambda t: t.transpose(2, 4).contiguous().transpose(2, 4),
+    "channels_last": lambda t: t.movedim(2, -1).contiguous().movedim(-1, 2),
     "same_every_step": lambda t: t[:1].expand(t.shape),
     "gap_between_steps": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "unaligned": _offset,
@@ -316,7 +351,7 @@ def test_a_potential_at_the_threshold(reset, fires, device, monkeypatch):
     """The paper's comparison is strict, SpikingJelly's is not."""
     p = parameters(Dynamics(reset=reset), "triangle")
     x, v = torch.tensor([[0.5], [0.5]], device=device), torch.zeros(1, device=device)
-    spikes, _, _, _, slope = cuda.forward(x, v, None, p)
+    spikes, _, _, _, slope, _ = cuda.forward(x, v, None, p)
     assert spikes.flatten().tolist() == [0, fires]
     assert slope.flatten().tolist() == [128, 255]  # 255 / 2 to even
     case = draw(30, (64,), torch.float32)
@@ -337,10 +372,10 @@ def test_a_missing_gradient_is_zero(device):
     case = draw(6, (5,), torch.float32)
     p = parameters(Dynamics(), "triangle", firing_rate=True)
     x, v, g_rate = (t.to(device) for t in (case.x, case.v, case.g_rate))
-    spikes, _, _, _, slope = cuda.forward(x, v, None, p)
+    spikes, _, _, _, slope, _ = cuda.forward(x, v, None, p)
     sparse = cuda.backward(None, None, g_rate, None, None, slope, v, None, p, x.dtype)
     zeros = torch.zeros_like(spikes), torch.zeros_like(v)
-    full = cuda.backward(*zeros, g_rate, None, spikes, slope, v, None, p, x.dtype)
+    full = cuda.backward(*zeros, g_rate, None, None, slope, v, None, p, x.dtype)
     assert torch.equal(sparse[0], full[0])
     assert torch.equal(sparse[1], full[1])
 
@@ -349,13 +384,13 @@ def test_a_dropped_spike_can_be_told_from_none(device):
     case = draw(12, (40,), torch.float16)
     case.mask[:20] = 0
     case.mask[0] = 1e-9  # is 0 in float16
-    p = parameters(Dynamics(), "triangle", firing_rate=True)
+    p = parameters(Dynamics(), "triangle", firing_rate=True, activation_map=True)
     x, v, mask = (t.to(device) for t in (case.x, case.v, case.mask))
-    spikes, _, rate, _, _ = cuda.forward(x, v, mask, p)
+    spikes, _, rate, _, _, fired = cuda.forward(x, v, mask, p)
     assert (spikes[:, :20] == 0).all()
-    fired = spikes.view(torch.int16) != 0
-    torch.testing.assert_close(fired.float().mean(0), rate)
+    torch.testing.assert_close(unpacked(fired, 12).float().mean(0), rate)
     assert (rate[:20] > 0).any()
+    assert torch.equal(unpacked(fired, 12)[:, 20:] & (mask[20:] != 0), spikes[:, 20:] != 0)
 
 
 def test_without_slopes_nothing_else_changes(device, launched):
@@ -366,17 +401,17 @@ def test_without_slopes_nothing_else_changes(device, launched):
     without = cuda.forward(x, v, mask, p._replace(keep_slope=False))
     for a, b in zip(with_slope[:4], without[:4], strict=True):
         assert torch.equal(a, b)
-    assert without[4].numel() == 0
+    assert without[4].numel() == without[5].numel() == 0
 
 
 def test_no_neurons(device):
     x, v = torch.zeros(3, 0, 2, device=device), torch.zeros(0, 2, device=device)
     p = parameters(Dynamics(), "triangle", firing_rate=True)
-    spikes, v_T, rate, amap, slope = cuda.forward(x, v, None, p)
+    spikes, v_T, rate, amap, slope, _ = cuda.forward(x, v, None, p)
     assert spikes.shape == slope.shape == x.shape
     assert v_T.shape == rate.shape == v.shape
     assert amap is None
-    g_x, g_v0 = cuda.backward(spikes, v, rate, None, spikes, slope, v, None, p, x.dtype)
+    g_x, g_v0 = cuda.backward(spikes, v, rate, None, None, slope, v, None, p, x.dtype)
     assert (g_x.shape, g_v0.shape) == (x.shape, v.shape)
 
 
@@ -389,7 +424,7 @@ def test_slopes_are_rounded_to_a_byte(reset, shape, device):
     case, T = draw(15, (500,), torch.float32), 15
     p = parameters(d, shape)
     x = case.x.requires_grad_()
-    spikes, v, _, _, slope = cuda.forward(x.detach().to(device), case.v.to(device), None, p)
+    *_, slope, fired = cuda.forward(x.detach().to(device), case.v.to(device), None, p)
 
     state, z = case.v, []
     with torch.no_grad():
@@ -400,7 +435,7 @@ def test_slopes_are_rounded_to_a_byte(reset, shape, device):
     assert (slope.cpu().float() - 255 * shape_of(p, torch.stack(z))).abs().max() < 0.501
 
     g = [case.g_spikes.to(device), case.g_v.to(device)]
-    g_x, _ = cuda.backward(*g, None, None, spikes, slope, case.v.to(device), None, p, torch.float32)
+    g_x, _ = cuda.backward(*g, None, None, fired, slope, case.v.to(device), None, p, torch.float32)
     exact = dynamics.run(x, case.v, d, SURROGATES[shape])
     (expected,) = torch.autograd.grad(exact[:2], x, [case.g_spikes, case.g_v])
     error = torch.zeros(500)
@@ -436,12 +471,34 @@ def test_the_operation_reaches_them(reset, dtype, device, monkeypatch, launched)
         torch.testing.assert_close(a.float(), b.float(), rtol=2e-5 + 8 * ROUNDING[dtype], atol=0.02)
 
 
-def test_a_hard_reset_needs_its_spikes(device):
+@pytest.mark.parametrize("reset", RESETS)
+def test_the_operation_averages_in_them(reset, device, monkeypatch, launched):
+    """A pool as part of the loop, from ``time_loop`` down; Numba as the other side."""
+    case = draw(9, (2, 16, 4, 4), torch.float32)
+
+    def results(device: torch.device) -> list[Tensor]:
+        x = LAYOUTS["channels_last"](case.x.to(device)).requires_grad_()
+        v = case.v.to(device).contiguous(memory_format=torch.channels_last)
+        d = Dynamics(0.9, reset=reset)
+        result = op.time_loop(x, v, d, SURROGATES["atan"], case.mask.to(device), pool=True, firing_rate=True)
+        loss = (result.spikes * case.g_pooled.to(device)).sum() + result.firing_rate.square().sum()
+        return [t.cpu() for t in (result.spikes, *torch.autograd.grad(loss, [x]))]
+
+    expected = results(torch.device("cpu"))
+    assert not launched
+    monkeypatch.setattr(op, "_kernels", lambda device: cuda)
+    got = results(device)
+    assert [plan.kernel.endswith(", 1>") for plan in launched] == [True, True]
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=2e-5, atol=0.02)
+
+
+def test_a_hard_reset_needs_to_know_who_fired(device):
     case = draw(3, (4,), torch.float32)
     p = parameters(Dynamics(reset="hard"), "triangle")
     slope = torch.zeros(3, 4, dtype=torch.uint8, device=device)
     g, v = case.g_spikes.to(device), case.v.to(device)
-    with pytest.raises(ValueError, match="spikes must be given"):
+    with pytest.raises(ValueError, match="fired must be given"):
         cuda.backward(g, None, None, None, None, slope, v, None, p, torch.float32)
 
 
@@ -457,8 +514,8 @@ def test_runs_in_a_cuda_graph_and_on_a_side_stream():
     x, v, g_map = case.x.cuda(), case.v.cuda(), case.g_map.cuda()
 
     def both():
-        spikes, v_T, _, amap, slope = cuda.forward(x, v, None, p)
-        gradients = cuda.backward(spikes, v_T, None, g_map, spikes, slope, v, None, p, x.dtype)
+        spikes, v_T, _, amap, slope, fired = cuda.forward(x, v, None, p)
+        gradients = cuda.backward(spikes, v_T, None, g_map, fired, slope, v, None, p, x.dtype)
         return spikes, v_T, amap, *gradients
 
     expected = [t.clone() for t in both()]  # also compiles
@@ -492,6 +549,9 @@ def test_width_keeps_the_device_busy():
     assert cuda._width(1 << 20, 1 << 20, 2, h100, ()) == 8
     assert cuda._width((1 << 20) + 2, 0, 2, h100, ()) == 2
     assert cuda._width(1 << 20, (1 << 20) + 1, 4, h100, ()) == 1  # a row of x would be unaligned
+    assert cuda._width(1 << 20, 1 << 20, 2, h100, (), channels=64) == 8
+    assert cuda._width(1 << 20, 1 << 20, 2, h100, (), channels=63) == 4
+    assert cuda._width(20_000, 20_000, 2, h100, (), channels=64) == 4
 
 
 class FakeKernel:
@@ -526,7 +586,7 @@ def fake_cupy(monkeypatch):
     cuda._compiled.cache_clear()
 
 
-PLAN = cuda.Launch("lif_forward<float, 1, 0, 0, 0>", 3, np.zeros((), cuda._FORWARD))
+PLAN = cuda.Launch("lif_forward<float, 1, 0, 0, 0, 0>", 3, np.zeros((), cuda._FORWARD))
 
 
 def test_launches_go_to_torchs_stream(fake_cupy):
