@@ -65,8 +65,9 @@ class CudaRecorder:
 class GraphedStep:
     """Runs training steps by replaying a recorded one.
 
-    The first :data:`WARM_UP` steps run as usual. The next one is recorded, and later ones copy their batch to
-    the recorded input and replay. Learning rates are tensors on the device, filled before each step.
+    Before training, :meth:`rehearse` refuses a step that cannot be recorded. The first :data:`WARM_UP` steps
+    run as usual. The next one is recorded, and later ones copy their batch to the recorded input and replay.
+    Learning rates are tensors on the device, filled before each step.
     Everything else that Python reads in a step is fixed by the recording, which is made anew in each epoch
     and when a setting of objective, encoder, optimizer or options has changed. Batches smaller than the
     largest so far run as usual.
@@ -139,6 +140,40 @@ class GraphedStep:
             checks=checks,
         )
 
+    def rehearse(self, images: Tensor, labels: Tensor) -> None:
+        """Run and record a step of zeros without its update, and drop the recording.
+
+        Weights, buffers and random numbers are as before.
+
+        Args:
+            images, labels: batch of the shapes to expect.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little memory for a step.
+            RuntimeError: the step cannot be recorded.
+        """
+        step, trainer = self._step, self._step.trainer
+        images = torch.zeros_like(images, device=trainer.device)
+        labels = torch.zeros_like(labels, device=trainer.device)
+        random, buffers = trainer.progress.random_state(), [b.clone() for b in trainer.student.buffers()]
+
+        def run() -> StepResult:
+            with LateChecks(step.late_on_cpu) as checks:
+                return step.run_at_once(images, labels, checks, update=False)
+
+        try:
+            with trainer.mixed_precision.tf32():
+                with _explained(images, torch.OutOfMemoryError):
+                    self._recorder.run(run)
+                with _explained(images, RuntimeError):
+                    self._recorder.record(run, self._generators())
+        finally:
+            self.close()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(trainer.student.buffers(), buffers):
+                buffer.copy_(before)
+            trainer.progress.set_random_state(random)
+
     def close(self) -> None:
         """Drop the recording and its memory."""
         self._result = self._checks = self._settings = None
@@ -147,9 +182,6 @@ class GraphedStep:
 
     def _record(self) -> None:
         self.close()
-        trainer = self._step.trainer
-        owners = {name: getattr(trainer, name) for name in ("encoder", "student", "teacher", "objective")}
-        generators = [g for g in generators_of(owners).values() if isinstance(g, torch.Generator)]
         self._checks = checks = LateChecks(self._step.late_on_cpu)
 
         def run() -> StepResult:
@@ -158,13 +190,18 @@ class GraphedStep:
                 return self._step.run_at_once(self._images, self._labels, checks)
 
         try:
-            with self._rates_on_device(capturable=True):
-                self._result = self._recorder.record(run, generators)
-        except RuntimeError as error:
+            with self._rates_on_device(capturable=True), _explained(self._images, RuntimeError):
+                self._result = self._recorder.record(run, self._generators())
+        except RuntimeError:
             self.close()
-            _explain(error, self._images)
-        trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+            raise
+        trained = [p for group in self._step.trainer.optimizer.param_groups for p in group["params"]]
         self._gradients = [(p, p.grad) for p in trained]
+
+    def _generators(self) -> list[torch.Generator]:
+        trainer = self._step.trainer
+        owners = {name: getattr(trainer, name) for name in ("encoder", "student", "teacher", "objective")}
+        return [g for g in generators_of(owners).values() if isinstance(g, torch.Generator)]
 
     def _current_settings(self) -> tuple[tuple, str]:
         """Return the objects of a step, and its settings and the places of its weights as text."""
@@ -246,17 +283,23 @@ def _copies(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in values.items()}
 
 
-def _explain(error: BaseException, images: Tensor) -> None:
-    """Raise an error that names the option, from one of a recording."""
-    cause = error
-    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
-        cause = cause.__context__
-    if cause is not None:
-        raise torch.OutOfMemoryError(
-            f'compile="graph" needs memory for a recorded step of {tuple(images.shape)}, and {images.device} '
-            f"has too little; give a smaller batch_size, a higher accumulate, or compile=False"
+@contextmanager
+def _explained(images: Tensor, kind: type[RuntimeError]) -> Iterator[None]:
+    """Context in which an error of this kind gets a message that names the option."""
+    try:
+        yield
+    except kind as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__context__
+        if cause is not None:
+            raise torch.OutOfMemoryError(
+                f'compile="graph" needs memory for a recorded step of {tuple(images.shape)}, and '
+                f"{images.device} has too little; give a smaller batch_size, a higher accumulate, or "
+                f"compile=False"
+            ) from error
+        raise RuntimeError(
+            f'compile="graph" cannot record the step: {str(error).partition(chr(10))[0]}; encoder, networks '
+            f"and objective must read no value on the host (item(), bool(), index by a mask), or give "
+            f"compile=False"
         ) from error
-    raise RuntimeError(
-        f'compile="graph" cannot record the step: {str(error).partition(chr(10))[0]}; encoder, networks and '
-        f"objective must read no value on the host (item(), bool(), index by a mask), or give compile=False"
-    ) from error

@@ -148,13 +148,16 @@ class TrainingStep:
     def _skips(self) -> bool:
         return self.trainer.options.on_nonfinite == "skip"
 
-    def run_at_once(self, images: Tensor, labels: Tensor, checks: LateChecks | None) -> StepResult:
+    def run_at_once(
+        self, images: Tensor, labels: Tensor, checks: LateChecks | None, update: bool = True
+    ) -> StepResult:
         """Run one step, by :meth:`run` or for its recording.
 
         Args:
             images: as for :meth:`run`.
             labels: as for :meth:`run`; classes if the step checks late.
             checks: entered conditions of a step that checks late.
+            update: change the weights.
         """
         trainer = self.trainer
         self.prepare(images, labels)
@@ -172,9 +175,9 @@ class TrainingStep:
                 scores.append(signals.scores.detach())
                 _add(result.parts, parts, share, trainer.device)
                 _add(result.logged, signals.logged, share, trainer.device)
-            if checks is None:
+            if update and checks is None:
                 self._update(images)
-            else:
+            elif update:
                 self._update_late(images, buffers, checks)
                 result.checks = checks
         except NonFiniteError:
@@ -299,7 +302,8 @@ class TrainingStep:
     def prepare(self, images: Tensor, labels: Tensor) -> None:
         """Call the objective's ``prepare`` on a small batch and set its taps, before the first step.
 
-        The random state of training is not changed. :meth:`run` calls this method itself.
+        With ``compile="graph"`` a step without its update is recorded, so that one that cannot be recorded is
+        refused here. The random state of training is not changed. :meth:`run` calls this method itself.
         """
         trainer = self.trainer
         if self.num_classes is not None and self._prepared_for is trainer.objective:
@@ -343,6 +347,12 @@ class TrainingStep:
         self._accumulated = resolve_readout(student, "auto") == "last"
         self._forward, self.num_classes = forward, look.num_classes
         self._prepared_for = trainer.objective
+        if self._graph is not None:
+            try:
+                self._graph.rehearse(images, labels)
+            except BaseException:
+                self.close()
+                raise
 
     def _has_unused(self, encoded: Tensor) -> bool:
         """Return whether some weights do not influence the output; other processes would wait for them."""
