@@ -131,6 +131,7 @@ def plain_step(case: Case) -> Callable[[], object]:
         )
     x, y = images(case)
     half = case.precision == "bfloat16"
+    torch.backends.cuda.matmul.allow_tf32 = case.precision == "tf32"  # cuDNN's is on anyway
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -355,7 +356,8 @@ def main() -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[100])
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--width", type=float, nargs="+", default=[0.25])
-    parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    precisions = ["float32", "tf32", "bfloat16"]
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=["float32"])
     parser.add_argument("--compile", nargs="+", choices=["no", "yes", "graph"], default=["no"])
     parser.add_argument("--time-chunks", type=int, default=1, help="pieces of time of our steps: less memory")
     parser.add_argument("--runs", type=int, default=7)
