@@ -1,7 +1,7 @@
 """Registers, spills, occupancy and memory traffic of every CUDA kernel variant, without a GPU.
 
     python benchmarks/kernel_resources.py                  # all variants, sm_80 90 100 120: about two minutes
-    python benchmarks/kernel_resources.py --every 59       # a sample
+    python benchmarks/kernel_resources.py --every 61       # a sample
 
 NVRTC compiles ``lif.cu`` with CuPy's options, and ``ptxas -v`` reports what each kernel uses. Occupancy
 follows from the registers and the architecture's limits. Bytes are counted: what a variant reads and writes
