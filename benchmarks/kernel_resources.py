@@ -190,11 +190,11 @@ def summary(rows: list[dict], bandwidth: float) -> str:
         "",
         f"{len(rows)} variants as compiled, {cuda.THREADS} threads a block; ranges are over resets and "
         f"surrogates. Ahead: KiB that the resident threads of a multiprocessor request before they use them. "
-        f"Pool: the kernel averages 2x2 pixels. Bytes: for each neuron and step, counted. Time: of 10^6 neurons "
-        f"over {T} steps at {bandwidth / 1e12:g} TB/s; computed, not measured.",
+        f"Pool: the kernel averages 2x2 pixels. Bytes: for each neuron and step, counted. Time: of 10^6 "
+        f"neurons over {T} steps at {bandwidth / 1e12:g} TB/s; computed, not measured.",
         "",
-        "| arch | pass | dtype | width | map | pool | registers | spills | shared | occupancy | ahead | bytes "
-        "| us |",
+        "| arch | pass | dtype | width | map | pool | registers | spills | shared | occupancy | ahead "
+        "| bytes | us |",
         "|---" * 13 + "|",
     ]
     for (arch, direction, dtype, width, amap, pool), group in kinds.items():

@@ -92,7 +92,8 @@ def forward(
         mask: ``[N, ...]`` or ``None``.
 
     ``slope`` is uint8, ``[T, N, ...]``, in 1/255 of the surrogate's peak; empty without
-    ``p.keep_slope``. ``fired`` is that of :func:`empty_fired`; empty without ``p.keep_fired``. ``x`` is not checked for NaN, which would stall the device.
+    ``p.keep_slope``. ``fired`` is described at :func:`empty_fired`. ``x`` is not checked for NaN, which
+    would stall the device.
     """
     step = x[0]
     outputs = (
@@ -148,7 +149,10 @@ def backward(
 
 
 def empty_fired(x: Tensor, p: LoopParameters) -> Tensor:
-    """Allocate what tells who fired: uint8 ``[ceil(T / 8), N, ...]``, bit ``t % 8`` of byte ``t // 8`` at ``t``."""
+    """Allocate a bit for each neuron and step, if it is kept: uint8 ``[ceil(T / 8), N, ...]``.
+
+    Bit ``t % 8`` of ``[t // 8, ...]`` says whether the neuron fired at step ``t``.
+    """
     return empty_sequence(x[::8], torch.uint8) if p.keep_fired else x.new_empty(0, dtype=torch.uint8)
 
 
@@ -249,7 +253,7 @@ def source() -> str:
 
 
 def _window(step: Tensor, pool: bool) -> tuple[int, int]:
-    """Return the distances of the neurons right of and below one in a channels_last step; 0 without a pool."""
+    """Return the distances of the neurons right of and below one in a channels_last step, or 0."""
     return (step.shape[1], step.shape[1] * step.shape[3]) if pool else (0, 0)
 
 

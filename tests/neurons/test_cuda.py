@@ -240,7 +240,8 @@ def check(case, d, shape, device, monkeypatch, use_mask=False, maps=False, throu
 
     with monkeypatch.context() as patch:
         if d.reset == "hard" and not d.detach_reset:
-            patch.setattr(dynamics, "step", attached_hard_step(kept_potentials(slope, unpacked(fired, len(slope)), p)))
+            potentials = kept_potentials(slope, unpacked(fired, len(slope)), p)
+            patch.setattr(dynamics, "step", attached_hard_step(potentials))
         oracle_x = case.x.clone().requires_grad_()
         oracle_v = case.v.clone().requires_grad_()
         result = dynamics.run(

@@ -2,27 +2,22 @@
 
 import collections
 import json
-import os
-import signal
 
 import pytest
 import torch
+from late_steps import MESSAGES, READS, Interrupts, Steps, assert_equal, bad_batches, batches, student, waits
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, distillation, models
+from lasnn_sj import LaSNNTrainer, PoissonEncoder, distillation, models
 from lasnn_sj.data.late_checks import LateChecks
 from lasnn_sj.distillation import Attention, CrossEntropy, LabelKD, Objective
 from lasnn_sj.distillation.objective import Sum
-from lasnn_sj.models.readout import BatchError
 from lasnn_sj.training import NonFiniteError, TrainingOptions
 from lasnn_sj.training.graph import WARM_UP, GraphedStep
 from lasnn_sj.training.step import LAG, TrainingStep
-
-# Operations whose result the host waits for on CUDA.
-READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "item"}
 
 
 class CpuRecorder(TorchDispatchMode):
@@ -132,26 +127,6 @@ METHODS = {
 }
 
 
-def student(batch_norm=False):
-    torch.manual_seed(0)
-    if batch_norm:
-        first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
-        return nn.Sequential(*first, nn.Flatten(), nn.Linear(256, 4))
-    return models.conv3_linear2(4, width=0.05, image_size=8)
-
-
-def batches(count, size=4, last=None, device="cpu"):
-    generator = torch.Generator().manual_seed(3)
-    sizes = [size] * (count - bool(last)) + [last] * bool(last)
-    return [
-        (
-            (torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1).to(device),
-            torch.randint(4, (n,), generator=generator).to(device),
-        )
-        for n in sizes
-    ]
-
-
 def trainer(
     objective=None, net=None, folder=None, callbacks=(), device="cpu", optimizer=torch.optim.Adam, **options
 ):
@@ -171,12 +146,6 @@ def trainer(
 
 def weights(one):
     return {name: value.clone() for name, value in one.student.state_dict().items()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def rows(one):
@@ -269,29 +238,6 @@ class BadOnOnes(CrossEntropy):
         return {"ce": ce + ((signals.scores - signals.scores.detach()).sum() * most) * most}
 
 
-def bad_data(kind, at):
-    data = batches(LAG + 9)
-    images, labels = data[at]
-    if kind == "image":
-        images[1, 0, 2, 2] = torch.nan
-    elif kind == "range":
-        images[1, 0, 2, 2] = 2.0
-    elif kind == "label":
-        labels[2] = 4
-    else:
-        images.fill_(1)
-    return data
-
-
-MESSAGES = {
-    "image": (BatchError, "images hold NaN or infinity, in samples [1]"),
-    "range": (ValueError, "needs pixels in [-1, 1], got values from -0.9"),
-    "label": (BatchError, "labels must lie in [0, 4), the student's classes, got 0 to 4"),
-    "loss": (NonFiniteError, "the loss is not finite (ce = inf)"),
-    "gradient": (NonFiniteError, "the gradient is not finite, first in output.weight"),
-}
-
-
 @pytest.fixture
 def stand_in(late, monkeypatch):
     monkeypatch.setattr(GraphedStep, "recorder", CpuRecorder)
@@ -306,7 +252,7 @@ def test_a_bad_step_is_named_and_the_weights_are_those_before_it(kind, stand_in,
     one = trainer(BadOnOnes(kind), folder=tmp_path, compile="graph")
     error, message = MESSAGES[kind]
     with pytest.raises(error) as raised:
-        one.fit(bad_data(kind, at), epochs=1)
+        one.fit(bad_batches(kind, at), epochs=1)
     assert message in str(raised.value)
     assert f"batch {at} of epoch 1" in str(raised.value)
     assert CpuRecorder.made[-1].replays == LAG - WARM_UP  # the later steps ran and changed nothing
@@ -336,22 +282,13 @@ def test_an_interrupted_run_resumes_to_the_bit(stand_in, tmp_path):
     whole = trainer(METHODS["lasnn"](), compile="graph")
     whole.fit(data, epochs=2)
 
-    class Interrupts(list):
-        at = 10  # the resumed run begins with the short batch
-
-        def __iter__(self):
-            for number, batch in enumerate(super().__iter__()):
-                training = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-                if number == self.at and training:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield batch
-
     first = trainer(METHODS["lasnn"](), folder=tmp_path, compile="graph")
+    interrupting = Interrupts(data)
+    interrupting.at = 10  # the resumed run begins with the short batch
     with pytest.raises(KeyboardInterrupt):
-        first.fit(Interrupts(data), epochs=2)
+        first.fit(interrupting, epochs=2)
     assert first.step == 11
     resumed = trainer(METHODS["lasnn"](), folder=tmp_path, compile="graph")
-    Interrupts.at = None
     resumed.fit(Interrupts(data), epochs=2)
     assert_equal(weights(resumed), weights(whole))
     assert rows(resumed) == rows(whole)
@@ -397,9 +334,7 @@ class Sequence(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, torch.Tensor)]
         self.seen.append((str(func), [(t.dtype, tuple(t.shape), t.stride()) for t in tensors]))
-        name = func._schema.name.removeprefix("aten::")
-        masks = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        self.reads[name] += name in READS or masks
+        self.reads[func._schema.name] += waits(func, args)
         return out
 
 
@@ -567,13 +502,6 @@ def test_an_objective_that_reads_a_value_is_said(stand_in):
 
 
 def test_a_callback_sees_each_step_once(stand_in):
-    class Steps(Callback):
-        def __init__(self):
-            self.seen = []
-
-        def on_step(self, trainer, parts):
-            self.seen.append((trainer.step, parts["ce"].item()))
-
     steps = Steps()
     trainer(callbacks=[steps], compile="graph").fit(batches(LAG + 3), epochs=1)
     assert [number for number, _ in steps.seen] == list(range(1, LAG + 4))

@@ -2,22 +2,18 @@
 
 import collections
 import json
-import os
-import signal
 
 import pytest
 import torch
+from late_steps import MESSAGES, Interrupts, Steps, assert_equal, bad_batches, batches, student, waits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lasnn_sj import Callback, LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj import LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.distillation import CrossEntropy, LabelKD
 from lasnn_sj.models.readout import BatchError
 from lasnn_sj.neurons import TimeLoopNode
 from lasnn_sj.training import NonFiniteError, TrainingOptions
 from lasnn_sj.training.step import LAG, TrainingStep
-
-# Operations whose result the host waits for on CUDA.
-READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "item"}
 
 
 @pytest.fixture
@@ -34,36 +30,10 @@ class CountReads(TorchDispatchMode):
         self.reads = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
         # The fused CPU optimiser counts its steps itself; plain Adam reads them, on the CPU only.
-        if name in READS or (
-            name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        ):
-            self.reads[name] += 1
+        if waits(func, args):
+            self.reads[func._schema.name] += 1
         return func(*args, **kwargs or {})
-
-
-def student(batch_norm=False):
-    torch.manual_seed(0)
-    if batch_norm:
-        return torch.nn.Sequential(
-            torch.nn.Conv2d(3, 4, 3, padding=1),
-            torch.nn.BatchNorm2d(4),
-            torch.nn.Flatten(),
-            torch.nn.Linear(256, 4),
-        )
-    return models.conv3_linear2(4, width=0.05, image_size=8)
-
-
-def batches(count, size=4):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (
-            torch.rand(size, 3, 8, 8, generator=generator) * 2 - 1,
-            torch.randint(4, (size,), generator=generator),
-        )
-        for _ in range(count)
-    ]
 
 
 def trainer(net=None, folder=None, objective=None, callbacks=(), **options):
@@ -80,12 +50,6 @@ def trainer(net=None, folder=None, objective=None, callbacks=(), **options):
 def fit(one, data, epochs=1):
     one.fit(data, epochs=epochs)
     return {name: value.clone() for name, value in one.student.state_dict().items()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("attention", ["activation", "gradient"])
@@ -153,25 +117,8 @@ class BadAt(CrossEntropy):
 
 def bad_run(kind, at, net=None, folder=None, **options):
     """A trainer and batches of which the one at position ``at`` cannot be trained on."""
-    data = batches(LAG + 9)
-    images, labels = data[at]
-    if kind == "image":
-        images[1, 0, 2, 2] = torch.nan
-    elif kind == "range":
-        images[1, 0, 2, 2] = 2.0
-    elif kind == "label":
-        labels[2] = 4
     objective = BadAt(at, kind) if kind in ("loss", "gradient") else None
-    return trainer(net, folder, objective, **options), data
-
-
-MESSAGES = {
-    "image": (BatchError, "images hold NaN or infinity, in samples [1]"),
-    "range": (ValueError, "needs pixels in [-1, 1], got values from"),
-    "label": (BatchError, "labels must lie in [0, 4), the student's classes, got"),
-    "loss": (NonFiniteError, "the loss is not finite (ce = inf)"),
-    "gradient": (NonFiniteError, "the gradient is not finite, first in output.weight"),
-}
+    return trainer(net, folder, objective, **options), bad_batches(kind, at)
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -227,21 +174,11 @@ def test_an_interrupted_run_resumes_to_the_bit(at, late, tmp_path):
     data = batches(LAG + 9)
     expected = fit(trainer(), data, epochs=2)
 
-    class Interrupts(list):
-        at = None
-
-        def __iter__(self):
-            for number, batch in enumerate(super().__iter__()):
-                training = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-                if number == self.at and training:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield batch
-
-    first, Interrupts.at = trainer(folder=tmp_path), at
+    first, interrupting = trainer(folder=tmp_path), Interrupts(data)
+    interrupting.at = at
     with pytest.raises(KeyboardInterrupt):
-        fit(first, Interrupts(data), epochs=2)
+        fit(first, interrupting, epochs=2)
     assert first.step == at + 1
-    Interrupts.at = None
     assert_equal(fit(trainer(folder=tmp_path), Interrupts(data), epochs=2), expected)
 
 
@@ -273,13 +210,6 @@ def test_steps_on_their_own_are_read_together(late):
 
 
 def test_a_callback_sees_each_step_once(late):
-    class Steps(Callback):
-        def __init__(self):
-            self.seen = []
-
-        def on_step(self, trainer, parts):
-            self.seen.append((trainer.step, parts["ce"].item()))
-
     steps = Steps()
     fit(trainer(callbacks=[steps]), batches(LAG + 3))
     assert [number for number, _ in steps.seen] == list(range(1, LAG + 4))
