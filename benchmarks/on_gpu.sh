@@ -78,12 +78,14 @@ pytest=("$python" -m pytest -p no:cacheprovider)
 kernels=(tests/neurons/test_cuda.py -k device)
 graph=(tests/training/test_graph.py -k "cuda or synchronises")
 few=(tests/neurons/test_cuda.py -k "device and (no_neurons or layouts or every_size)")
-toy=()
+toy=() parallel=()
 if [ "$device" = cpu ]; then
     kernels=(tests/neurons/test_cuda.py -k width_keeps)
     graph=(tests/training/test_graph.py -k "stand-in-hybrid-True or synchronises")
     few=("${kernels[@]}")
     toy=(--width 0.05 --T 2 --batch 2 --runs 1 --no-memory)
+elif "$python" -c "import xdist" 2>/dev/null; then
+    parallel=(-n 8)  # the tests compile some 200 kernels
 fi
 have_sanitizer=$(command -v compute-sanitizer)
 
@@ -98,8 +100,8 @@ sanitize() {  # sanitize TOOL SECONDS TESTS...
 
 case $part in
     first)
-        step kernels 60 "${pytest[@]}" "${kernels[@]}"
-        step graph 40 "${pytest[@]}" "${graph[@]}" --show-capture=no
+        step kernels 60 "${pytest[@]}" "${parallel[@]}" "${kernels[@]}"
+        step graph 40 "${pytest[@]}" "${parallel[@]}" "${graph[@]}" --show-capture=no
         if [ "$device" = cuda ]; then
             step neuron 40 "$python" benchmarks/neuron.py --device cuda --dtypes float32 bfloat16 --runs 11
             step train_step 90 "$python" benchmarks/train_step.py --device cuda --width 1 --runs 5 \
