@@ -6,7 +6,9 @@ import signal
 import torch
 from torch import nn
 
-from lasnn_sj import Callback, models
+from lasnn_sj import Callback, distillation, models
+from lasnn_sj.distillation import Attention, CrossEntropy, LabelKD, Objective
+from lasnn_sj.distillation.objective import Sum
 from lasnn_sj.models.readout import BatchError
 from lasnn_sj.training import NonFiniteError
 from lasnn_sj.training.step import LAG
@@ -31,6 +33,30 @@ def waits(func, args):
     return name in READS or by_mask
 
 
+class SmallTeacher(nn.Module):
+    """Three stages of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True))
+        self.layer2 = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.layer3 = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+# The methods of the tables, and every other objective with its own defaults.
+METHODS = {
+    "hybrid": lambda: CrossEntropy(),
+    "lasnn": lambda: CrossEntropy() + Attention("activation"),
+    "lasnn_gradient": lambda: CrossEntropy() + Attention("gradient"),
+    "lasnn_label_kd": lambda: LabelKD() + Attention("activation"),
+}
+
+
 def student(batch_norm=False):
     """A spiking student, or an ANN with batch norm."""
     torch.manual_seed(0)
@@ -38,6 +64,23 @@ def student(batch_norm=False):
         first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
         return nn.Sequential(*first, nn.Flatten(), nn.Linear(256, 4))
     return models.conv3_linear2(4, width=0.05, image_size=8)
+
+
+def spiking_teacher():
+    """A spiking teacher of the students' size."""
+    torch.manual_seed(7)
+    return models.conv3_linear2(4, width=0.05, image_size=8)
+
+
+OTHERS = {
+    name: one
+    for name, one in vars(distillation).items()
+    if isinstance(one, type) and issubclass(one, Objective) and one not in (Objective, Sum)
+}
+OTHERS |= {
+    "SparseKD": lambda: distillation.SparseKD(spiking_teacher()),
+    "SpikeKD": lambda: distillation.SpikeKD(spiking_teacher(), windows=2),
+}
 
 
 def batches(count, size=4, last=None, device="cpu"):

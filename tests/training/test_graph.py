@@ -5,16 +5,26 @@ import json
 
 import pytest
 import torch
-from late_steps import MESSAGES, READS, Interrupts, Steps, assert_equal, bad_batches, batches, student, waits
-from torch import nn
+from late_steps import (
+    MESSAGES,
+    METHODS,
+    OTHERS,
+    READS,
+    Interrupts,
+    Steps,
+    assert_equal,
+    bad_batches,
+    batches,
+    student,
+    waits,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from lasnn_sj import LaSNNTrainer, PoissonEncoder, distillation, models
+from lasnn_sj import LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.data.late_checks import LateChecks
-from lasnn_sj.distillation import Attention, CrossEntropy, LabelKD, Objective
-from lasnn_sj.distillation.objective import Sum
+from lasnn_sj.distillation import Attention, CrossEntropy
 from lasnn_sj.training import NonFiniteError, TrainingOptions
 from lasnn_sj.training.graph import WARM_UP, GraphedStep
 from lasnn_sj.training.step import LAG, TrainingStep
@@ -102,29 +112,6 @@ def device(request, monkeypatch):
     monkeypatch.setattr(GraphedStep, "recorder", CpuRecorder)
     monkeypatch.setattr(CpuRecorder, "made", [])
     yield "cpu"
-
-
-class SmallTeacher(nn.Module):
-    """Three stages of convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True))
-        self.layer2 = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True))
-        self.layer3 = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True))
-        self.linear = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
-
-
-METHODS = {
-    "hybrid": lambda: CrossEntropy(),
-    "lasnn": lambda: CrossEntropy() + Attention("activation"),
-    "lasnn_gradient": lambda: CrossEntropy() + Attention("gradient"),
-    "lasnn_label_kd": lambda: LabelKD() + Attention("activation"),
-}
 
 
 def trainer(
@@ -336,22 +323,6 @@ class Sequence(TorchDispatchMode):
         self.seen.append((str(func), [(t.dtype, tuple(t.shape), t.stride()) for t in tensors]))
         self.reads[func._schema.name] += waits(func, args)
         return out
-
-
-OTHERS = {
-    name: one
-    for name, one in vars(distillation).items()
-    if isinstance(one, type) and issubclass(one, Objective) and one not in (Objective, Sum)
-}
-OTHERS |= {
-    "SparseKD": lambda: distillation.SparseKD(spiking_teacher()),
-    "SpikeKD": lambda: distillation.SpikeKD(spiking_teacher(), windows=2),
-}
-
-
-def spiking_teacher():
-    torch.manual_seed(7)
-    return models.conv3_linear2(4, width=0.05, image_size=8)
 
 
 @pytest.mark.parametrize("method", METHODS | OTHERS)
