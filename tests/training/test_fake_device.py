@@ -1,7 +1,7 @@
 """Steps on a CUDA device that is not there: tensors that only have shape, dtype and device.
 
-A step must keep all its tensors on the device, copy nothing from the host (which a recorded step cannot), and
-take the same course whatever the values are. Autograd's engine needs a driver, so gradients are zeros here; the
+A step must keep all its tensors on the device, copy nothing from the host, as a recorded step cannot, and take
+the same course whatever the values are. Autograd's engine needs a driver, so gradients are zeros here; the
 layers' own backward passes are tested on the CPU.
 """
 
@@ -19,12 +19,7 @@ from lasnn_sj.runtime import distributed
 from lasnn_sj.training import TrainingOptions, checks, trainer
 from lasnn_sj.training.state import Progress
 
-LAZY = {
-    "BKD",
-    "EnOF",
-    "KDSNN",
-    "SASTC",
-}  # their weights get a shape late, which tensors without values cannot
+LAZY = {"BKD", "EnOF", "KDSNN", "SASTC"}  # their weights get their shape late, which fake tensors cannot
 
 
 class Values(TorchDispatchMode):
@@ -80,9 +75,10 @@ def _zeros(inputs):
 def operations(monkeypatch, net, objective, encoder, size=8, **options):
     """The operations of a second step."""
     teacher = SmallTeacher().eval() if objective.needs_teacher else None
+    adam = torch.optim.Adam(net.parameters(), fused=True)
     one = LaSNNTrainer(
-        net, teacher, objective=objective, attention=None, encoder=encoder, options=TrainingOptions(**options),
-        optimizer=torch.optim.Adam(net.parameters(), fused=True),
+        net, teacher, objective=objective, attention=None, encoder=encoder, optimizer=adam,
+        options=TrainingOptions(**options),
     )  # fmt: skip
 
     def backward(loss):
@@ -103,7 +99,7 @@ def operations(monkeypatch, net, objective, encoder, size=8, **options):
     return seen
 
 
-@pytest.mark.parametrize("name", (METHODS | OTHERS).keys() - LAZY)
+@pytest.mark.parametrize("name", sorted((METHODS | OTHERS).keys() - LAZY))
 def test_a_step_of_every_objective_stays_on_the_device(name, fake_device, monkeypatch):
     objective = (METHODS | OTHERS)[name]()
     seen = operations(monkeypatch, student(), objective, PoissonEncoder(3), clip_norm=1.0)

@@ -11,6 +11,7 @@ from late_steps import (
     OTHERS,
     READS,
     Interrupts,
+    SmallTeacher,
     Steps,
     assert_equal,
     bad_batches,
