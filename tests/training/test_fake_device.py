@@ -1,8 +1,8 @@
 """Steps on a CUDA device that is not there: tensors that only have shape, dtype and device.
 
-A step must keep all its tensors on the device, copy nothing from the host (a recorded step cannot), and take the
-same course whatever the values are. Autograd's engine needs a driver, so gradients are zeros here; the layers'
-own backward passes are tested on the CPU.
+A step must keep all its tensors on the device, copy nothing from the host (a recorded step cannot), and take
+the same course whatever the values are. Autograd's engine needs a driver, so gradients are zeros here; the
+layers' own backward passes are tested on the CPU.
 """
 
 import pytest
