@@ -16,6 +16,7 @@ from ..models.layers import Conv2d
 from ..models.readout import class_scores, resolve_readout
 from ..models.resnet import Block
 from ..neurons import IntegratorNode, LIFNode, TimeLoopNode
+from ..neurons.sequential import join_pools
 from ..runtime.progress import progress_bar
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -65,6 +66,7 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
     else:
         snn = nn.Sequential(body, IntegratorNode(step_mode="m"))
     functional.set_step_mode(snn, "m")
+    join_pools(snn)
     snn.train(ann.training)
     functional.invalidate_reset_cache(snn)
     if "spiking" in getattr(body, "architecture", {}).get("arguments", {}):

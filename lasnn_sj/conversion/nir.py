@@ -35,7 +35,7 @@ from torch.nn.utils import fusion, prune
 
 from ..models import layers
 from ..models.readout import resolve_readout
-from ..neurons import Conv2d, IntegratorNode, Linear
+from ..neurons import Conv2d, IntegratorNode, Linear, Sequential
 from ..neurons.accelerate import AcceleratedIFNode, AcceleratedLIFNode
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ _ADAPTIVE = (nn.AdaptiveAvgPool2d, layer.AdaptiveAvgPool2d)
 _FLATTEN = (nn.Flatten, layer.Flatten)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, layer.Dropout, layer.Dropout2d)
 _MAXIMUM = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-_OVER_TIME = (layer.SeqToANNContainer, layer.MultiStepContainer)
+# Containers that only run their layers in order, whatever else their forward does about it.
+_IN_ORDER = (layer.SeqToANNContainer, layer.MultiStepContainer, Sequential)
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FLAT = (torch.flatten, "flatten")
 
@@ -156,7 +157,7 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 class _Tracer(fx.Tracer):
-    """Trace every layer as one call, and the content of containers that only handle the time axis."""
+    """Trace every layer as one call, and the layers of containers one after the other."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Sequential):  # also an empty one
@@ -164,7 +165,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (base.MemoryModule, neuron.SimpleBaseNode)) or not any(m.children())
 
     def call_module(self, m: nn.Module, forward, args, kwargs):
-        if isinstance(m, _OVER_TIME):
+        if isinstance(m, _IN_ORDER):
             (x,) = args
             for child in m:
                 x = child(x)

@@ -174,32 +174,6 @@ def drop(neuron: nn.Module, dropout: nn.Module, x: Tensor, pool: bool = False) -
     return neuron(x, mask=dropout.mask, **options)
 
 
-class Features(nn.Sequential):
-    """Units and pools in order; a unit's time loop computes the average pool that follows it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take and return ``[N, C, H, W]`` in an ANN, ``[T, N, C, H, W]`` in an SNN."""
-        modules = list(self)
-        done = None
-        for module, after in zip(modules, [*modules[1:], None]):
-            if module is done:
-                continue
-            if isinstance(module, Unit) and module.may_pool() and _is_plain_pool(after):
-                x, done = module(x, pool=True), after
-            else:
-                x = module(x)
-        return x
-
-
-def _is_plain_pool(module: nn.Module | None) -> bool:
-    """Return whether a module is an average pool of 2x2 pixels that no hook reads."""
-    if type(module) is not layer.AvgPool2d or output_is_read(module) or module._forward_pre_hooks:
-        return False
-    sizes = {2, (2, 2)}
-    plain = module.kernel_size in sizes and module.stride in sizes and module.padding in {0, (0, 0)}
-    return plain and module.divisor_override is None and module.step_mode == "m"
-
-
 def scaled(channels: int, width: float) -> int:
     """Return a layer's channels in a network ``width`` times as wide, at least 1."""
     if not (math.isfinite(width) and width > 0):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Features, LayerFactory, check_input, conv_gain, drop, pooled_size, scaled
+from ..neurons import Sequential
+from .layers import LayerFactory, check_input, conv_gain, drop, pooled_size, scaled
 from .registry import student_builder
 
 
@@ -73,7 +74,7 @@ class ResNet(nn.Module):
         factory = LayerFactory(spiking, leak, dropout)
         extra, side = pooled_size(image_size, 4)
         channels = scaled(64, width)
-        self.stem = Features(
+        self.stem = Sequential(
             factory.conv_unit(in_channels, channels),
             factory.conv_unit(channels, channels),
             factory.conv_unit(channels, channels, dropout=False),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import Features, LayerFactory, check_input, pooled_size, scaled
+from ..neurons import Sequential
+from .layers import LayerFactory, check_input, pooled_size, scaled
 from .registry import student_builder
 
 
@@ -59,7 +60,7 @@ class VGG(nn.Module):
                 wide = scaled(item, width)
                 features.append(factory.conv_unit(channels, wide, dropout=after != "A"))
                 channels, full = wide, item
-        self.features = Features(*features)
+        self.features = Sequential(*features)
         self.flatten = factory.flatten()
         units, size, full = [], channels * side * side, full * (32 >> convolutions.count("A")) ** 2
         for item in hidden:

@@ -9,6 +9,7 @@ from .convolution import Conv2d
 from .linear import Linear
 from .memory import disable_malloc_trim
 from .nodes import IFNode, IntegratorNode, LIFNode, TimeLoopNode
+from .sequential import Sequential
 from .surrogate import LinearSurrogate
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LIFNode",
     "Linear",
     "LinearSurrogate",
+    "Sequential",
     "TimeLoopNode",
     "accelerate",
     "acceleration_report",

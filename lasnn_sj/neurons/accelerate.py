@@ -12,6 +12,7 @@ from .convolution import Conv2d, why_dense
 from .dynamics import Dynamics
 from .linear import Linear
 from .nodes import TimeLoopNode
+from .sequential import join_pools
 from .surrogate import LinearSurrogate, kernel_form
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Make SpikingJelly's stock ``IFNode`` and ``LIFNode`` run on the time loop, in place.
 
     On the CPU, its ``Linear`` and ``Conv2d`` layers leave zeros out where enough spikes or gradients are 0.
+    An ``nn.Sequential`` in which a 2x2 average pool follows such a node becomes a
+    :class:`~lasnn_sj.neurons.Sequential`.
 
     Only the class of the objects changes; hooks, state, step mode, training mode and references to them
     stay. Spikes agree to rounding of the potential, gradients to 1/255 of the surrogate's peak. The state is
@@ -108,6 +111,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             module.__class__ = ACCELERATED[type(module)]
         elif type(module) in SPARSE:
             module.__class__ = SPARSE[type(module)]
+    join_pools(model)
     report = acceleration_report(model)
     _log.log(logging.WARNING if report.left_alone else logging.INFO, "%s", report)
     return model

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
 
-from lasnn_sj.neurons import LinearSurrogate, TimeLoopNode, accelerate, acceleration_report
+from lasnn_sj.neurons import LinearSurrogate, Sequential, TimeLoopNode, accelerate, acceleration_report
 
 RESETS = {"soft": None, "hard": 0.0, "hard_below_zero": -0.25}
 
@@ -179,3 +179,42 @@ def test_what_is_left_alone_is_named_with_the_reason(caplog):
 def test_a_net_nobody_has_accelerated_says_so():
     report = acceleration_report(nn.Sequential(neuron.IFNode()))
     assert report.left_alone == {"0": "accelerate(model) has not been called on it"}
+
+
+def test_the_time_loop_computes_a_pool_that_follows_in_a_sequential(monkeypatch):
+    """The results are those of both layers to the bit, gradients too; hooks on neurons make both run."""
+    torch.manual_seed(0)
+    twice = layer.AvgPool2d(2, 2)
+    net = nn.Sequential(
+        nn.Sequential(layer.Conv2d(3, 16, 3, padding=1), neuron.LIFNode(surrogate_function=surrogate.ATan())),
+        nn.Sequential(
+            layer.Conv2d(16, 32, 3, padding=1),
+            neuron.IFNode(surrogate_function=surrogate.ATan(), v_reset=None),
+            layer.AvgPool2d(2),
+            layer.Conv2d(32, 16, 3, padding=1),
+            neuron.LIFNode(surrogate_function=surrogate.ATan()),
+            twice,
+            twice,  # runs by itself
+        ),
+    )
+    functional.set_step_mode(net, "m")
+    accelerate(net.to(memory_format=torch.channels_last))
+    assert [type(each) for each in (net, *net)] == [nn.Sequential, nn.Sequential, Sequential]
+    x, outcomes, calls, sizes = torch.rand(5, 2, 3, 16, 16), [], [], []
+    pool_forward = layer.AvgPool2d.forward
+    monkeypatch.setattr(
+        layer.AvgPool2d, "forward", lambda self, x: calls.append(x.shape[-1]) or pool_forward(self, x)
+    )
+    for hooked in (False, True):
+        if hooked:
+            assert calls == [4]
+            for node in (net[1][1], net[1][4]):
+                node.register_forward_hook(lambda node, args, out: sizes.append(out.shape[-1]))
+        net.zero_grad()
+        functional.reset_net(net)
+        out = net(x)
+        out.square().sum().backward()
+        outcomes.append([out, *(p.grad for p in net.parameters())])
+    assert (calls, sizes) == ([4, 16, 8, 4], [16, 8])
+    for joined, apart in zip(*outcomes, strict=True):
+        assert torch.equal(joined, apart)
