@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import neurons
 from ..neurons import IntegratorNode, LIFNode, Linear, TimeLoopNode
+from ..neurons.marks import mark
 from ..neurons.nodes import output_is_read
 
 
@@ -171,7 +172,10 @@ def drop(neuron: nn.Module, dropout: nn.Module, x: Tensor, pool: bool = False) -
         return neuron(x, **options)
     if dropout.mask is None:
         dropout.mask = dropout.create_mask(x[0])
-    return neuron(x, mask=dropout.mask, **options)
+    spikes = neuron(x, mask=dropout.mask, **options)
+    if not pool:
+        mark(spikes, dropout.mask)
+    return spikes
 
 
 def scaled(channels: int, width: float) -> int:

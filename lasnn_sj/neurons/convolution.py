@@ -11,6 +11,7 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 from .linear import SMALLEST, differentiate, may_take
+from .marks import kept_as_bytes
 from .op import _operation
 from .sparse import nonzero_density
 from .sparse_convolution import sparse_convolution, sparse_weight_gradient
@@ -96,12 +97,17 @@ class Conv2d(layer.Conv2d):
 
     The result is that of ``layer.Conv2d`` up to the order of its sums. Only 3x3 convolutions of stride 1 and
     padding 1 between multiples of 32 channels leave zeros out; other ones, small ones, and anything but
-    float32 on the CPU, run as there.
+    float32 on the CPU, run as there. On CUDA large inputs that are spikes are kept as bytes.
 
     Shape:
         - input ``[N, C, H, W]`` in single-step mode, ``[T, N, C, H, W]`` in multi-step mode
         - output in the same form, channels last
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of every image."""
+        with kept_as_bytes(x):
+            return super().forward(x)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._takes(x, weight):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .marks import kept_as_bytes
 from .op import _operation
 from .packing import pack, unpack
 from .sparse import nonzero_density, sparse_product
@@ -120,7 +121,7 @@ class Linear(layer.Linear):
     """SpikingJelly's linear layer, faster on the CPU where spikes or their gradients are mostly zero.
 
     The result is that of ``layer.Linear`` up to the order of its sums. Small layers, and anything but
-    float32 on the CPU, run as there.
+    float32 on the CPU, run as there; on CUDA large inputs that are spikes are kept as bytes.
 
     Shape:
         - input ``[..., in_features]``
@@ -130,7 +131,8 @@ class Linear(layer.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``."""
         if not self._takes(x):
-            return super().forward(x)
+            with kept_as_bytes(x):
+                return super().forward(x)
         y = _linear(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

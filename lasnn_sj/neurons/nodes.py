@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .dynamics import Dynamics
+from .marks import mark
 from .op import time_loop
 from .surrogate import LinearSurrogate
 
@@ -109,6 +110,8 @@ class TimeLoopNode(neuron.BaseNode):
             through_trace=self.through_trace,
             pool=pool,
         )
+        if mask is None:
+            mark(result.spikes, 0.25 if pool else 1.0)
         self.recorded = {name: getattr(result, name) for name in self.record}
         return (result.spikes,), (result.v,)
 

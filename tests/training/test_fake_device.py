@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from lasnn_sj import DirectEncoder, LaSNNTrainer, PoissonEncoder, models
 from lasnn_sj.distillation import CrossEntropy, LabelKD
-from lasnn_sj.neurons import accelerate, cuda, nodes
+from lasnn_sj.neurons import accelerate, cuda, marks, nodes
 from lasnn_sj.runtime import distributed
 from lasnn_sj.training import TrainingOptions, checks, trainer
 from lasnn_sj.training.state import Progress
@@ -61,6 +61,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(distributed, "initialise", lambda device: device)
     monkeypatch.setattr(trainer, "place", lambda module, device: None)  # modules are created there
     monkeypatch.setattr(nodes, "is_in_torch_dispatch_mode", lambda: False)  # or pools would run by themselves
+    monkeypatch.setattr(marks, "SMALLEST", 0)
     monkeypatch.setattr(Progress, "random_state", lambda self: {})
     monkeypatch.setattr(Progress, "set_random_state", lambda self, state: None)
     monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, **_: _zeros(inputs))
@@ -121,7 +122,7 @@ def test_a_step_of_other_networks_stays_on_the_device(network, options, fake_dev
     assert seen.on_host == set()
 
 
-def test_the_time_loop_averages_there(fake_device, monkeypatch):
+def test_the_time_loop_averages_and_spikes_are_kept_as_bytes_there(fake_device, monkeypatch):
     net = models.vgg5(4, width=0.1)
     for parameter in net.parameters():
         if parameter.dim() == 4:
@@ -129,6 +130,10 @@ def test_the_time_loop_averages_there(fake_device, monkeypatch):
     seen = operations(monkeypatch, net, CrossEntropy(), DirectEncoder(3), 32)
     assert seen.names.count("lasnn_sj::time_loop") == 5
     assert "aten::avg_pool2d" not in seen.names
+    monkeypatch.setattr(marks, "DEVICE", "none")
+    without = operations(monkeypatch, net, CrossEntropy(), DirectEncoder(3), 32)
+    # inputs of a convolution and two linear layers
+    assert seen.names.count("aten::ne") == without.names.count("aten::ne") + 3
 
 
 class OfTheHost(CrossEntropy):
