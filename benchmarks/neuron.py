@@ -4,8 +4,9 @@
     python benchmarks/neuron.py --device cuda
     python benchmarks/neuron.py --legacy-python ENV/bin/python
 
-All rows of a size run in turns in one process. On the CPU that process keeps freed memory for all of them
-(``neurons.disable_malloc_trim()``, as a training on the CPU should), so that none pays for new pages;
+All rows of a size run in turns in one process. The last two are layers with a 2x2 average pool behind them, of
+64 channels, channels last, where the number of neurons allows. On the CPU the process keeps freed memory for
+all rows (``neurons.disable_malloc_trim()``, as a training on the CPU should), so that none pays for new pages;
 ``--fresh-memory`` leaves that to the C library. ``--legacy-python`` is the interpreter of an environment
 that holds ``spikingjelly==0.0.0.0.14`` (and CuPy, for its CuPy backend); its rows run in a process of
 their own, beside the others' turns. Prints a table and writes ``results/neuron_DEVICE.csv`` and ``.png``.
@@ -21,6 +22,7 @@ from collections.abc import Callable
 
 import common
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
@@ -32,6 +34,7 @@ SIZES = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFERENCE = "SpikingJelly 2 LIFNode"
+POOLED = ", then a 2x2 average pool"
 COPY, CLONE = "float32 copy_ into memory at hand", "float32 clone into new memory"
 
 LEGACY = """
@@ -147,9 +150,39 @@ def layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
     }
 
 
-def bytes_moved(T: int, n: int, size: int) -> int:
+def pooled_layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
+    """Contestants with an average pool, on ``[T, 1, 64, H, W]``."""
+    ours, node, stock = (
+        {"cpu": "numba", "cuda": "cupy"}[device],
+        LIFNode(leak=0.5, step_mode="m"),
+        stock_lif(),
+    )
+
+    def of_our_loop(x: Tensor) -> Tensor:
+        node.reset()
+        with use_backend(ours):
+            return node(x, pool=True)
+
+    def of_stock(x: Tensor) -> Tensor:
+        stock.reset()
+        return F.avg_pool2d(stock(x).flatten(0, 1), 2)
+
+    return {REFERENCE + POOLED: lambda: of_stock, f"lasnn_sj {ours}{POOLED}": lambda: of_our_loop}
+
+
+def as_images(x: Tensor) -> Tensor | None:
+    """View ``[T, n]`` as ``[T, 1, 64, H, W]``, channels last; ``None`` if that has odd sides."""
+    pixels = x.shape[1] // 64
+    height = 1 << (pixels.bit_length() - 1) // 2
+    if x.shape[1] % 256 or pixels % height or height % 2 or pixels // height % 2:
+        return None
+    return x.detach().view(len(x), 1, height, pixels // height, 64).permute(0, 1, 4, 2, 3)
+
+
+def bytes_moved(T: int, n: int, size: int, pooled: bool) -> float:
     """Bytes that the op has to move: x, spikes, byte of slope; gradient, byte again, gradient of x."""
-    return T * n * (2 * size + 1 + 2 * size + 1)
+    spikes = size / 4 if pooled else size
+    return T * n * 2 * (size + spikes + 1)
 
 
 def measure(T: int, n: int, dtype: str, device: str, runs: int, legacy: str | None) -> list[dict]:
@@ -163,6 +196,11 @@ def measure(T: int, n: int, dtype: str, device: str, runs: int, legacy: str | No
             calls[name] = forward_backward(make(), x, g)
         except Exception as error:  # not installed, or not for this device
             print(f"  {name}: {type(error).__name__}: {error}")
+    images = as_images(x)
+    for name, make in pooled_layers(device).items() if images is not None else ():
+        g = torch.ones_like(images[..., ::2, ::2])
+        flat = g.flatten(0, 1) if name.startswith(REFERENCE) else g
+        calls[name] = forward_backward(make(), images.requires_grad_(), flat)
     seconds = common.in_turns(calls, device, runs)
     if legacy and dtype == "float32":
         for backend in ("torch", "cupy") if device == "cuda" else ("torch",):
@@ -186,7 +224,7 @@ def measure(T: int, n: int, dtype: str, device: str, runs: int, legacy: str | No
             "copies": common.ratio(times, copy), "clones": common.ratio(times, clone),
         }  # fmt: skip
         if name.startswith("lasnn_sj") and "plain" not in name:
-            moved = bytes_moved(T, n, x.element_size())
+            moved = bytes_moved(T, n, x.element_size(), name.endswith(POOLED))
             row["of_copy_bandwidth"] = moved / statistics.median(times) / bandwidth
         rows.append(row)
     return rows
