@@ -4,12 +4,13 @@
     python benchmarks/neuron.py --device cuda
     python benchmarks/neuron.py --legacy-python ENV/bin/python
 
-All rows of a size run in turns in one process. The last two are layers with a 2x2 average pool behind them, of
-64 channels, channels last, where the number of neurons allows. On the CPU the process keeps freed memory for
-all rows (``neurons.disable_malloc_trim()``, as a training on the CPU should), so that none pays for new pages;
-``--fresh-memory`` leaves that to the C library. ``--legacy-python`` is the interpreter of an environment
-that holds ``spikingjelly==0.0.0.0.14`` (and CuPy, for its CuPy backend); its rows run in a process of
-their own, beside the others' turns. Prints a table and writes ``results/neuron_DEVICE.csv`` and ``.png``.
+All rows of a size run in turns in one process. The last two are layers with a 2x2 average pool behind them,
+of 64 channels, channels last, where the number of neurons allows. On the CPU the process keeps freed memory
+for all rows (``neurons.disable_malloc_trim()``, as a training on the CPU should), so that none pays for new
+pages; ``--fresh-memory`` leaves that to the C library. ``--legacy-python`` is the interpreter of an
+environment that holds ``spikingjelly==0.0.0.0.14`` (and CuPy, for its CuPy backend); its rows run in a
+process of their own, beside the others' turns. Prints a table and writes ``results/neuron_DEVICE.csv`` and
+``.png``.
 """
 
 from __future__ import annotations
@@ -150,13 +151,10 @@ def layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
     }
 
 
-def pooled_layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
+def pooled_layers(device: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """Contestants with an average pool, on ``[T, 1, 64, H, W]``."""
-    ours, node, stock = (
-        {"cpu": "numba", "cuda": "cupy"}[device],
-        LIFNode(leak=0.5, step_mode="m"),
-        stock_lif(),
-    )
+    ours = {"cpu": "numba", "cuda": "cupy"}[device]
+    node, stock = LIFNode(leak=0.5, step_mode="m"), from_reset(stock_lif().to(device))
 
     def of_our_loop(x: Tensor) -> Tensor:
         node.reset()
@@ -164,19 +162,18 @@ def pooled_layers(device: str) -> dict[str, Callable[[], Callable[[Tensor], Tens
             return node(x, pool=True)
 
     def of_stock(x: Tensor) -> Tensor:
-        stock.reset()
-        return F.avg_pool2d(stock(x).flatten(0, 1), 2)
+        return F.avg_pool2d(stock(x).flatten(0, 1), 2).unflatten(0, x.shape[:2])
 
-    return {REFERENCE + POOLED: lambda: of_stock, f"lasnn_sj {ours}{POOLED}": lambda: of_our_loop}
+    return {REFERENCE + POOLED: of_stock, f"lasnn_sj {ours}{POOLED}": of_our_loop}
 
 
 def as_images(x: Tensor) -> Tensor | None:
     """View ``[T, n]`` as ``[T, 1, 64, H, W]``, channels last; ``None`` if that has odd sides."""
-    pixels = x.shape[1] // 64
-    height = 1 << (pixels.bit_length() - 1) // 2
-    if x.shape[1] % 256 or pixels % height or height % 2 or pixels // height % 2:
+    T, n = x.shape
+    height = 1 << ((n // 64).bit_length() - 1) // 2
+    if n % (256 * height) or height % 2:
         return None
-    return x.detach().view(len(x), 1, height, pixels // height, 64).permute(0, 1, 4, 2, 3)
+    return x.detach().view(T, 1, height, n // 64 // height, 64).permute(0, 1, 4, 2, 3).requires_grad_()
 
 
 def bytes_moved(T: int, n: int, size: int, pooled: bool) -> float:
@@ -197,10 +194,11 @@ def measure(T: int, n: int, dtype: str, device: str, runs: int, legacy: str | No
         except Exception as error:  # not installed, or not for this device
             print(f"  {name}: {type(error).__name__}: {error}")
     images = as_images(x)
-    for name, make in pooled_layers(device).items() if images is not None else ():
-        g = torch.ones_like(images[..., ::2, ::2])
-        flat = g.flatten(0, 1) if name.startswith(REFERENCE) else g
-        calls[name] = forward_backward(make(), images.requires_grad_(), flat)
+    if images is not None:
+        _, N, C, H, W = images.shape
+        averages = x.new_ones(T, N, H // 2, W // 2, C).permute(0, 1, 4, 2, 3)
+        for name, layer in pooled_layers(device).items():
+            calls[name] = forward_backward(layer, images, averages)
     seconds = common.in_turns(calls, device, runs)
     if legacy and dtype == "float32":
         for backend in ("torch", "cupy") if device == "cuda" else ("torch",):
