@@ -1,5 +1,7 @@
 """Fixtures of all tests."""
 
+import signal
+
 import pytest
 import torch
 
@@ -11,6 +13,16 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts():
+    """Take SIGINT, which some tests send: processes that a shell starts in the background ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.hookimpl(wrapper=True)
