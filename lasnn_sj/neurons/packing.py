@@ -19,10 +19,10 @@ from . import cpu_kernels, lanes
 from .cpu_kernels import BAD, NEXT, c_function, checksum, record
 from .lanes import WIDTH, address, at, bytes_, floats, ints, load, mask_of, spread, store, taken
 from .layout import is_gapless
+from .marks import SMALLEST
 from .memory import advise_huge_pages, release_freed_memory
 from .threads import run
 
-SMALLEST = 8 << 20  # bytes of an input below which it is kept as it is
 SAMPLE = 4096  # values of which the number is found
 MOST = 127  # times the number
 PIECE = 1 << 16  # values that a thread takes at a time
