@@ -150,7 +150,7 @@ def main() -> None:
     runs = {
         method: (
             trainer_of(method, start, teacher, a),
-            DeviceLoader(train, a.batch, a.device, augment=True, shuffle=True),
+            DeviceLoader(train, a.batch, a.device, augment=True, shuffle=True, drop_last=True),
         )
         for method in a.methods
     }
@@ -176,7 +176,7 @@ def main() -> None:
             result = evaluate(trainer.student, test_loader, encoder, device=a.device)
             row = {
                 "method": method, "epoch": done + 1, "epochs": epochs, "steps": steps, "seconds": seconds,
-                "images_per_second": min(steps * a.batch, len(train)) / seconds, **means,
+                "images_per_second": steps * a.batch / seconds, **means,
                 "test_top1": result["top1"], "test_loss": result["loss"], "T": a.T, "batch": a.batch,
                 "images": len(train), "precision": a.precision, "compile": str(a.compile),
             }  # fmt: skip

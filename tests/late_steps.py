@@ -83,16 +83,15 @@ OTHERS |= {
 }
 
 
-def batches(count, size=4, last=None, device="cpu"):
-    """Batches of random images and labels; the last may be shorter."""
+def batches(count, size=4, device="cpu"):
+    """Batches of random images and labels."""
     generator = torch.Generator().manual_seed(3)
-    sizes = [size] * (count - bool(last)) + [last] * bool(last)
     return [
         (
-            (torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1).to(device),
-            torch.randint(4, (n,), generator=generator).to(device),
+            (torch.rand(size, 3, 8, 8, generator=generator) * 2 - 1).to(device),
+            torch.randint(4, (size,), generator=generator).to(device),
         )
-        for n in sizes
+        for _ in range(count)
     ]
 
 

@@ -23,11 +23,12 @@ class DeviceLoader:
 
     Args:
         dataset: :class:`~lasnn_sj.data.Images`, or a ``Subset`` of one; its own transform is not used.
-        batch_size: ``N``; the last batch of an epoch may be smaller.
+        batch_size: ``N``.
         device: where the images stay and batches are made. CIFAR-10's training images take 154 MB.
         augment: crop and flip at random.
         shuffle: visit the images in a new random order in each epoch.
         seed: of ``generator``, which draws the order and the augmentation.
+        drop_last: leave out the last batch of an epoch where it is smaller than ``batch_size``.
 
     Attributes:
         generator: random-number generator on ``device``.
@@ -50,6 +51,7 @@ class DeviceLoader:
         augment: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
@@ -58,6 +60,7 @@ class DeviceLoader:
             raise ValueError("dataset must hold at least one image, got none")
         self.images, self.labels = images.to(device), labels.to(device)
         self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
+        self.drop_last = drop_last
         self.generator = torch.Generator(device).manual_seed(seed)
         self._signed = transforms(images.shape[-1], augment=False)
 
@@ -83,7 +86,8 @@ class DeviceLoader:
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
-        return -(-len(self.labels) // self.batch_size)
+        whole, rest = divmod(len(self.labels), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, device = len(self.labels), self.labels.device
@@ -91,7 +95,7 @@ class DeviceLoader:
             order = torch.randperm(count, generator=self.generator, device=device)
         else:
             order = torch.arange(count, device=device)
-        for indices in order.split(self.batch_size):
+        for indices in order.split(self.batch_size)[: len(self)]:
             images = self.images[indices]
             if self.augment:
                 images = crop_and_flip(images, self.generator)

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..models.readout import BatchError
+from . import graph
 from .fingerprint import sentence
 from .options import TrainingOptions
 
@@ -115,6 +116,8 @@ def loaders(
         raise ValueError(
             f"options.{watching[0]} watches {options.monitor}; give fit a val_loader, or leave it out"
         )
+    if options.compile == "graph":
+        graph.check_batches(train)
     if validation is not None and _is_empty(validation):
         raise BatchError("val_loader is empty, the evaluation loader gave no batch; give None for none")
 

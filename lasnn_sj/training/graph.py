@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..data.device_loader import DeviceLoader
 from ..data.late_checks import LateChecks, require
+from ..models.readout import BatchError
 from ..runtime import distributed
 from ..runtime.random_state import generators_of
 
 if TYPE_CHECKING:
     from .step import StepResult, TrainingStep
     from .trainer import Trainer
-
-log = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps that initialise libraries, kernels and the optimizer's state before the recording
 
@@ -69,8 +68,7 @@ class GraphedStep:
     run as usual. The next one is recorded, and later ones copy their batch to the recorded input and replay.
     Learning rates are tensors on the device, filled before each step.
     Everything else that Python reads in a step is fixed by the recording, which is made anew in each epoch
-    and when a setting of objective, encoder, optimizer or options has changed. Batches smaller than the
-    largest so far run as usual.
+    and when a setting of objective, encoder, optimizer or options has changed.
 
     Args:
         step: its trainer's networks must be on a CUDA device.
@@ -92,7 +90,7 @@ class GraphedStep:
         self._result: StepResult | None = None
         self._checks: LateChecks | None = None
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
-        self._warm = self._smaller = 0
+        self._warm = 0
 
     def __call__(self, images: Tensor, labels: Tensor, checks: LateChecks) -> StepResult:
         """Run one step.
@@ -102,25 +100,22 @@ class GraphedStep:
             checks: conditions of the batch; those of the step are added.
 
         Raises:
+            BatchError: images of another shape or dtype than those of the first step; nothing was changed.
             torch.OutOfMemoryError: no memory is left for the recording; nothing was changed.
             RuntimeError: the step cannot be recorded; nothing was changed.
         """
         self._set_rates()
-        if self._images is None or images.numel() > self._images.numel():
-            self.close()
-            self._images, self._labels, self._warm = torch.empty_like(images), torch.empty_like(labels), 0
-        fits = images.shape == self._images.shape and images.dtype == self._images.dtype
-        if not fits or self._warm < WARM_UP:
-            self._warm += fits
-            self._smaller += not fits
-            if self._smaller == 2:
-                log.warning(
-                    "options.compile is 'graph', which replays steps of %s only; smaller batches, as of %s, "
-                    "run without the graph", tuple(self._images.shape), tuple(images.shape),
-                )  # fmt: skip
+        if self._images is None:
+            self._images, self._labels = torch.empty_like(images), torch.empty_like(labels)
+        if (images.shape, images.dtype) != (self._images.shape, self._images.dtype):
+            raise BatchError(
+                f'compile="graph" repeats one step, of images {_described(self._images)}, got '
+                f"{_described(images)}; give batches of one size (drop_last=True), or compile=False"
+            )
+        if self._warm < WARM_UP:
+            self._warm += 1
             with self._rates_on_device(capturable=False):
                 return self._recorder.run(lambda: self._step.run_at_once(images, labels, checks))
-        self._smaller = 0
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._bad_batch.copy_(checks.failed().any()) if len(checks) else self._bad_batch.zero_()
@@ -277,6 +272,35 @@ def check(trainer: Trainer) -> None:
     else:
         return
     raise ValueError(f'compile="graph" {problem}')
+
+
+def check_batches(loader: Iterable) -> None:
+    """Refuse a training loader whose last batch may be smaller than the others.
+
+    Raises:
+        ValueError: ``drop_last`` is needed.
+    """
+    batches = loader if isinstance(loader, DeviceLoader) else getattr(loader, "batch_sampler", None)
+    size = getattr(batches, "batch_size", None)
+    if size is None or getattr(batches, "drop_last", True):
+        return
+    try:
+        count = len(loader.labels if isinstance(loader, DeviceLoader) else batches.sampler)
+    except TypeError:  # a stream
+        problem = "may be smaller"
+    else:
+        rest = count % size
+        if not rest or count < size:
+            return
+        problem = f"has {rest} of {size} samples"
+    raise ValueError(
+        f'compile="graph" needs batches of one size, and the last one of train_loader {problem}; give it '
+        f"drop_last=True, or compile=False"
+    )
+
+
+def _described(images: Tensor) -> str:
+    return f"{tuple(images.shape)} in {str(images.dtype).removeprefix('torch.')}"
 
 
 def _copies(values: dict[str, Tensor]) -> dict[str, Tensor]:

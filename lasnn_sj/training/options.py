@@ -24,9 +24,9 @@ class TrainingOptions:
             linear layers; ``"tf32"`` uses it in both while a step runs. On a CPU both are float32.
         compile: ``True`` runs the student's pass through ``torch.compile``; the first steps take minutes.
             ``"graph"`` records a whole step, update included, as one CUDA graph within seconds and replays
-            it. It needs a CUDA device, a single process, a fused optimizer, and memory for the recording.
-            Python code of encoder, networks and objective then runs only at the recording, which is made
-            anew in each epoch; a batch smaller than the largest one so far runs without the graph.
+            it. It needs a CUDA device, a single process, a fused optimizer, batches of one size
+            (``drop_last=True``), and memory for the recording. Python code of encoder, networks and objective
+            then runs only at the recording, which is made anew in each epoch.
         accumulate: split each batch into this many pieces, run one after the other, and add their
             gradients: the same step in less memory (except with batch norm, which sees a piece).
         time_chunks: run the time steps in this many pieces and keep only the neurons' state between them:

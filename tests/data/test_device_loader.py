@@ -58,6 +58,13 @@ def test_without_augmentation_batches_equal_the_data_set_to_the_bit():
     data.transform = transforms(8, augment=False)
     batches = list(DeviceLoader(data, 4, "cpu"))
     assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert [len(labels) for _, labels in DeviceLoader(data, 4, "cpu", drop_last=True)] == [4, 4]
+    assert [len(DeviceLoader(data, n, "cpu", drop_last=drop)) for n in (4, 5) for drop in (False, True)] == [
+        3,
+        2,
+        2,
+        2,
+    ]
     assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([data[k][0] for k in range(10)]))
     assert torch.equal(torch.cat([y for _, y in batches]), data.labels)
 

@@ -2,7 +2,9 @@
 
 import collections
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from late_steps import (
@@ -22,10 +24,13 @@ from late_steps import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lasnn_sj import LaSNNTrainer, PoissonEncoder, models
+from lasnn_sj.data import DeviceLoader, Images, transforms
 from lasnn_sj.data.late_checks import LateChecks
 from lasnn_sj.distillation import Attention, CrossEntropy
+from lasnn_sj.models.readout import BatchError
 from lasnn_sj.training import NonFiniteError, TrainingOptions
 from lasnn_sj.training.graph import WARM_UP, GraphedStep
 from lasnn_sj.training.step import LAG, TrainingStep
@@ -149,8 +154,8 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "batch_norm", "options"), CASES, ids=str)
 def test_recorded_steps_are_the_plain_ones(method, batch_norm, options, device, tmp_path):
-    """Weights, logged numbers and files, with a short last batch and a learning rate that changes."""
-    data, results = batches(LAG + 2, last=3, device=device), []
+    """Weights, logged numbers and files, with a learning rate that changes."""
+    data, results = batches(LAG + 2, device=device), []
     for compiled in (False, "graph"):
         folder = tmp_path / str(compiled)
         shared = {"device": device, "compile": compiled} | options
@@ -165,7 +170,7 @@ def test_recorded_steps_are_the_plain_ones(method, batch_norm, options, device, 
     assert results[0][1:] == results[1][1:]
     (recorder,) = CpuRecorder.made
     assert recorder.recordings == 1 + 2  # before training, and one for each epoch
-    assert recorder.replays == 2 * (LAG + 1) - WARM_UP
+    assert recorder.replays == 2 * (LAG + 2) - WARM_UP
 
 
 def test_settings_that_change_between_steps_are_followed(device):
@@ -266,13 +271,13 @@ def test_a_skipped_step_changes_nothing(kind, late, monkeypatch):
 
 
 def test_an_interrupted_run_resumes_to_the_bit(stand_in, tmp_path):
-    data = batches(12, last=2)
+    data = batches(12)
     whole = trainer(METHODS["lasnn"](), compile="graph")
     whole.fit(data, epochs=2)
 
     first = trainer(METHODS["lasnn"](), folder=tmp_path, compile="graph")
     interrupting = Interrupts(data)
-    interrupting.at = 10  # the resumed run begins with the short batch
+    interrupting.at = 10
     with pytest.raises(KeyboardInterrupt):
         first.fit(interrupting, epochs=2)
     assert first.step == 11
@@ -280,7 +285,7 @@ def test_an_interrupted_run_resumes_to_the_bit(stand_in, tmp_path):
     resumed.fit(Interrupts(data), epochs=2)
     assert_equal(weights(resumed), weights(whole))
     assert rows(resumed) == rows(whole)
-    assert CpuRecorder.made[-1].replays == 11 - WARM_UP
+    assert CpuRecorder.made[-1].replays == 13 - WARM_UP
 
 
 def test_every_address_is_fixed_after_the_warm_up(device):
@@ -300,9 +305,6 @@ def test_every_address_is_fixed_after_the_warm_up(device):
 
     found, scores = [], []
     for images, labels in batches(WARM_UP + 6, device=device):
-        short = len(found) == 3
-        if short:
-            one.train_step(images[:2], labels[:2])
         scores.append(one.train_step(images, labels).scores)
         if len(scores) > WARM_UP:
             found.append(addresses())
@@ -402,18 +404,51 @@ def test_no_steady_step_synchronises(method):
         one.finish_steps()
 
 
-def test_batches_of_changing_sizes_run_without_the_graph(stand_in, caplog):
-    results, data = [], batches(5) + batches(2, size=2) + batches(2) + batches(4, size=6)
-    for compiled in (False, "graph"):
-        one = trainer(compile=compiled)
-        for batch in data:
-            one.train_step(*batch)
-        one.finish_steps()
-        results.append(weights(one))
-    assert_equal(*results)
-    (recorder,) = CpuRecorder.made
-    assert (recorder.recordings, recorder.replays) == (1 + 2, 2 + 2 + 1)  # the largest batch is recorded
-    assert "replays steps of (4, 3, 8, 8) only; smaller batches, as of (2, 3, 8, 8)" in caplog.text
+def loaders_with_a_smaller_last_batch(samples=10):
+    data = TensorDataset(*(torch.cat(part) for part in zip(*batches(5, size=2))))
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    images = Images(np.zeros((samples, 8, 8, 3), np.uint8), np.zeros(samples, int), transforms(8, False))
+    return {
+        "DataLoader": partial(DataLoader, data),
+        "sampler": partial(DataLoader, data, sampler=range(samples)),
+        "stream": partial(DataLoader, Stream()),
+        "DeviceLoader": partial(DeviceLoader, images, device="cpu"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "sampler", "stream", "DeviceLoader"])
+def test_a_smaller_last_batch_is_refused_before_training(kind, stand_in, tmp_path):
+    loader = loaders_with_a_smaller_last_batch()[kind]
+    problem = "may be smaller" if kind == "stream" else "has 2 of 4 samples"
+    message = f'compile="graph" needs batches of one size, and the last one of train_loader {problem}; .*drop'
+    one = trainer(folder=tmp_path / "run", compile="graph")
+    with pytest.raises(ValueError, match=message):
+        one.fit(loader(batch_size=4), epochs=1)
+    assert not (tmp_path / "run").exists()
+    assert one.step == 0
+    one.fit(loader(batch_size=4, drop_last=True), epochs=1)
+    assert one.step == 2
+    if kind != "stream":
+        one.fit(loader(batch_size=5), epochs=2)  # all of one size, though another one than before
+        one.fit(loader(batch_size=16), epochs=3)  # one batch
+        assert one.step == 5
+
+
+def test_a_batch_of_another_shape_is_refused_and_the_run_goes_on_without_the_graph(stand_in, tmp_path):
+    data = batches(WARM_UP + 2) + batches(1, size=2) + batches(2)
+    one = trainer(folder=tmp_path, compile="graph", checkpoint_every=1)
+    message = r"batch 5 of epoch 1: compile=\"graph\".*of images \(4, 3, 8, 8\) in float32, got \(2, "
+    with pytest.raises(BatchError, match=message):
+        one.fit(data, epochs=1)
+    plain, expected = trainer(folder=tmp_path), trainer()
+    plain.fit(data, epochs=1)
+    assert plain.step == len(data)
+    expected.fit(data, epochs=1)
+    assert_equal(weights(plain), weights(expected))
 
 
 @pytest.mark.parametrize(
