@@ -16,6 +16,7 @@ from ..models.layers import Conv2d
 from ..models.readout import class_scores, resolve_readout
 from ..models.resnet import Block
 from ..neurons import IntegratorNode, LIFNode, TimeLoopNode
+from ..neurons.layout import use_channels_last
 from ..neurons.sequential import join_pools
 from ..runtime.progress import progress_bar
 
@@ -39,8 +40,9 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
         leak: leak of the neurons; 1 for pure conversion.
 
     Returns:
-        A new network, ``[T, N, ...]`` to ``[T, N, K]``, in the ANN's training or evaluation mode. A network
-        without a ``readout`` of its own is wrapped as ``nn.Sequential(network, integrator)``.
+        A new network, ``[T, N, ...]`` to ``[T, N, K]``, in the ANN's training or evaluation mode, its
+        convolutions' weights in channels_last. A network without a ``readout`` of its own is wrapped as
+        ``nn.Sequential(network, integrator)``.
 
     Raises:
         ConversionError: a bias, batch norm, max pooling, another nonlinearity, a ReLU module in two places,
@@ -67,6 +69,7 @@ def convert(ann: nn.Module, leak: float = 0.99) -> nn.Module:
         snn = nn.Sequential(body, IntegratorNode(step_mode="m"))
     functional.set_step_mode(snn, "m")
     join_pools(snn)
+    use_channels_last(snn)
     snn.train(ann.training)
     functional.invalidate_reset_cache(snn)
     if "spiking" in getattr(body, "architecture", {}).get("arguments", {}):

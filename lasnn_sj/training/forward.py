@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import nullcontext
 
 import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from ..distillation.taps import ChunkTaps, StudentTaps
+from ..neurons.layout import use_channels_last
 
 
 class StudentForward(nn.Module):
@@ -94,8 +93,4 @@ def refuse_batch_norm(student: nn.Module) -> None:
 def place(module: nn.Module, device: torch.device) -> None:
     """Bring a network to a device; its convolutions' weights in the order in which they are faster."""
     module.to(device)
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if (
-            not is_lazy(tensor) and tensor.dim() == 4
-        ):  # module.to does so too, but refuses a tensor of five dimensions
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    use_channels_last(module)

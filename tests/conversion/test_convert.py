@@ -14,6 +14,7 @@ from lasnn_sj.conversion.convert import ConversionError, balance_thresholds, con
 from lasnn_sj.data import images as data
 from lasnn_sj.data.encoding import DirectEncoder, PoissonEncoder
 from lasnn_sj.neurons import IntegratorNode, LIFNode, Sequential, TimeLoopNode
+from lasnn_sj.neurons.layout import can_pool
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +53,18 @@ def nodes(snn):
 
 def thresholds(snn):
     return {name: node.v_threshold for name, node in nodes(snn).items()}
+
+
+def test_convolutions_of_a_converted_network_average_in_the_time_loop():
+    ann = models.conv3_linear2(10, width=0.25, image_size=8, spiking=False)
+    snn, pooled = convert(ann), []
+    assert all(torch.equal(a, b) for a, b in zip(ann.parameters(), snn.parameters(), strict=True))
+    for node in nodes(snn).values():
+        node.register_forward_pre_hook(
+            lambda node, args: pooled.append(args[0].dim() == 5 and can_pool(args[0]))
+        )
+    snn(poisson(torch.rand(2, 3, 8, 8), 3))
+    assert pooled == [True, True, True, False]
 
 
 # ---- a plain loop over time, layer by layer ----
