@@ -66,9 +66,9 @@ class GraphedStep:
 
     Before training, :meth:`rehearse` refuses a step that cannot be recorded. The first :data:`WARM_UP` steps
     run as usual. The next one is recorded, and later ones copy their batch to the recorded input and replay.
-    Learning rates are tensors on the device, filled before each step.
-    Everything else that Python reads in a step is fixed by the recording, which is made anew in each epoch
-    and when a setting of objective, encoder, optimizer or options has changed.
+    Learning rates are tensors on the device, filled before each step. Everything else that Python reads in a
+    step is fixed by the recording, which is made anew in each epoch and when a setting of objective, encoder,
+    optimizer or options has changed. All batches have one shape and dtype.
 
     Args:
         step: its trainer's networks must be on a CUDA device.
