@@ -3,11 +3,12 @@
     python benchmarks/stage3.py --data .data --minutes 6 --out out            # on a GPU
     python benchmarks/stage3.py --data .data --device cpu --T 4 --images 512 --minutes 2 --out out
 
-The ANN is converted, its thresholds are balanced on 512 images and scaled by 0.7, and copies of this one SNN
-are trained with Adam 1e-4 by each method, on the same images in the same order with the same codes. The
-methods take turns, an epoch each. The first epoch's time decides how many epochs the minutes allow; the
-weight of the attention loss decays over these. Writes ``stage3.csv`` (a row for each method and epoch) and
-each method's weights into ``--out`` as it goes, so a run that is cut off keeps its last whole epoch.
+The ANN is converted, its thresholds are balanced on 512 images and scaled by 0.7, its output weights by the
+factor of least cross-entropy on these images, and copies of this one SNN are trained with Adam 1e-4 by each
+method, on the same images in the same order with the same codes. The methods take turns, an epoch each. The
+first epoch's time decides how many epochs the minutes allow; the weight of the attention loss decays over
+these. Writes ``stage3.csv`` (a row for each method and epoch) and each method's weights into ``--out`` as
+it goes, so a run that is cut off keeps its last whole epoch.
 
 ``--data`` is a folder that holds, at any depth, ``labels.npz`` with ``y_train`` and ``y_test`` and lossless
 sheets ``train_00.webp``, ``test_00.webp``, ... of 1,000 CIFAR-10 images each, row by row; or ``cifar10.npz``.
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lasnn_sj import LaSNNTrainer, PoissonEncoder, models
-from lasnn_sj.conversion import balance_thresholds, convert
+from lasnn_sj.conversion import balance_thresholds, convert, scale_output
 from lasnn_sj.data import DeviceLoader, Images, transforms
 from lasnn_sj.distillation import LabelKD
 from lasnn_sj.training import TrainingOptions, evaluate
@@ -80,10 +81,16 @@ def starting_point(
     ann.load_state_dict(load_file(weights))
     snn = convert(ann, leak=0.99).to(a.device)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:512]
-    batch = torch.stack([train[int(i)][0] for i in order]).to(a.device)
+    batch, labels = (torch.stack(part).to(a.device) for part in zip(*(train[int(i)] for i in order)))
     encoder = PoissonEncoder(a.calibration_steps, torch.Generator(a.device).manual_seed(0))
     thresholds = balance_thresholds(snn, batch, encoder, scale=0.7)
-    print("thresholds: " + ", ".join(f"{value:.4g}" for value in thresholds.values()), flush=True)
+    codes = PoissonEncoder(a.T, torch.Generator(a.device).manual_seed(0))
+    factor = scale_output(snn, batch, labels, codes)
+    print(
+        f"output weights times {factor:.4g}; thresholds: "
+        + ", ".join(f"{value:.4g}" for value in thresholds.values()),
+        flush=True,
+    )
     return snn
 
 

@@ -31,7 +31,7 @@ from ..distillation.pairs import LEVELS
 from ..models.readout import BatchError, class_scores, resolve_readout
 from ..runtime import distributed, files, random_state
 from ..training.callbacks import going_on
-from ..training.evaluation import batch_axis, check_batch, device_of, evaluate, evaluating
+from ..training.evaluation import device_of, evaluate, evaluating
 from ..training.trainer import Trainer
 from .energy import COST, count_operations
 from .environment import environment
@@ -373,9 +373,7 @@ def _examples(
     """Collect the first correct and the first wrong samples: labels, inputs, and arrays to keep."""
     kinds: dict[bool, list[tuple[dict, Tensor, list[Tensor]]]] = {True: [], False: []}
     half, seen = examples // 2, 0
-    for index, batch in enumerate(loader):
-        images, labels = check_batch(batch, f"inspection batch {index}")
-        axis = batch_axis(images, labels)
+    for images, labels, axis in first_samples(loader, encoder, samples):
         images = images.to(device)
         outputs, maps = maps_of.of_student(images if encoder is None else encoder(images))
         guesses = class_scores(outputs, len(labels), readout).argmax(1).tolist()
@@ -385,7 +383,7 @@ def _examples(
                 about = {"index": seen + n, "label": label, "prediction": guess, "teacher": None}
                 kind.append((about, images.select(axis, n), [m[n] for m in maps]))
         seen += len(labels)
-        if (len(kinds[False]) >= half and len(kinds[True]) >= examples - half) or seen >= samples:
+        if len(kinds[False]) >= half and len(kinds[True]) >= examples - half:
             break
     wrong = min(len(kinds[False]), max(half, examples - len(kinds[True])))
     chosen = kinds[True][: examples - wrong] + kinds[False][:wrong]

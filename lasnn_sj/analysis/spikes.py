@@ -11,7 +11,14 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 from ..runtime import distributed
-from ..training.evaluation import batch_axis, check_batch, device_of, encoded_pieces, evaluating
+from ..training.evaluation import (
+    batch_axis,
+    check_batch,
+    device_of,
+    encoded_pieces,
+    evaluating,
+    in_pieces,
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,11 @@ class Traces:
 
 
 def first_samples(
-    loader: Iterable, encoder: nn.Module | None, samples: int
+    loader: Iterable, encoder: nn.Module | None, samples: int, chunk: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield images, labels and the axis of the samples, batch by batch, for the first ``samples`` samples.
+    """Yield images, labels and the axis of the samples for the first ``samples`` samples.
+
+    Each is a batch, or a piece of one where that would take much memory.
 
     Raises:
         BatchError: a batch that cannot be used.
@@ -85,7 +94,8 @@ def first_samples(
                     f"event frames [T, N, C, H, W]"
                 )
         count = min(left, len(labels))
-        yield images.narrow(axis, 0, count), labels[:count], axis
+        images, labels = images.narrow(axis, 0, count), labels[:count]
+        yield from ((*piece, axis) for piece in in_pieces(images, labels, encoder, chunk))
         left -= count
         if not left:
             return
@@ -131,7 +141,7 @@ def spike_statistics(
 
     seen = T = 0
     with _watching(student, count), evaluating(student):
-        for number, (images, labels, _) in enumerate(first_samples(loader, encoder, samples)):
+        for number, (images, labels, _) in enumerate(first_samples(loader, encoder, samples, chunk)):
             if number % distributed.world_size() != distributed.rank():
                 continue
             T = 0

@@ -21,6 +21,8 @@ from . import checks
 from .dataloader import evaluation_share
 from .silence import silent, warn_of_silence, watched
 
+MOST_AT_ONCE = 2048  # samples times time steps that are run together
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -54,8 +56,9 @@ def evaluate(
 ) -> dict[str, float | list[float] | Tensor]:
     """Compute loss and accuracy of an SNN (with an encoder) or an ANN (without) on the batches of a loader.
 
-    With several processes, all must call it; each evaluates a share of the samples and all get the same
-    result.
+    Batches are run in pieces of at most 2048 samples times time steps, which limits the memory that many
+    steps take. With several processes, all must call it; each evaluates a share of the samples and all get
+    the same result.
 
     Args:
         model: gives class scores ``[N, K]`` or ``[T, N, K]``; its mode is restored afterwards.
@@ -101,9 +104,7 @@ def evaluate(
         evaluation_share(loader), quiet=not distributed.is_main(), desc="evaluating", leave=False, delay=2
     )
     with evaluating(model):
-        for index, batch in enumerate(bar):
-            where = f"evaluation batch {index}"
-            images, labels = check_batch(batch, where)
+        for index, (where, images, labels) in enumerate(_pieces(bar, encoder, chunk)):
             images = images.to(device, non_blocking=True)
             if index == 0:
                 checks.brightness(encoder, images)
@@ -170,6 +171,32 @@ def _over_all(counts: Tensor | int, device: torch.device) -> Tensor:
     """Sum a vector over all processes; a process without samples contributes 0."""
     size = max(distributed.of_all(len(counts) if isinstance(counts, Tensor) else 0))
     return distributed.total(torch.zeros(size, dtype=torch.float64, device=device) + counts)
+
+
+def _pieces(
+    loader: Iterable, encoder: nn.Module | None, chunk: int | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the pieces of a loader's batches, each with the name of its batch."""
+    for index, batch in enumerate(loader):
+        where = f"evaluation batch {index}"
+        for images, labels in in_pieces(*check_batch(batch, where), encoder, chunk):
+            yield where, images, labels
+
+
+def in_pieces(
+    images: Tensor, labels: Tensor, encoder: nn.Module | None, chunk: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a batch in pieces of at most :data:`MOST_AT_ONCE` samples times steps, at least one sample each.
+
+    Args:
+        images, labels: the batch.
+        encoder: gives images their time axis; ``None`` for images and event frames as they are.
+        chunk: time steps that are run at once, all if not given.
+    """
+    axis = batch_axis(images, labels)
+    steps = getattr(encoder, "T", 1) if encoder is not None else len(images) if axis else 1
+    size = max(1, MOST_AT_ONCE // min(steps, chunk or steps))
+    yield from zip(images.split(size, axis), labels.split(size))
 
 
 def encoded_pieces(encoder: nn.Module | None, images: Tensor, chunk: int | None) -> Iterator[Tensor]:

@@ -389,9 +389,12 @@ class Trainer:
             self.progress.save(self._folder)
 
     def _save_and_leave(self, stop: StopRequest, save: bool = True) -> NoReturn:
-        if save:
-            self.progress.save(self._folder)
-        log.warning("stopped and saved after step %d; start the same run again to resume", self.step)
+        try:
+            if save:
+                self.progress.save(self._folder)
+            log.warning("stopped and saved after step %d; start the same run again to resume", self.step)
+        except Exception:  # must not keep the process from ending
+            log.exception("stopped after step %d, which could not be saved", self.step)
         stop.leave()
 
     def _finish_epoch(self, row: dict[str, float], callbacks: Sequence[Callback]) -> None:

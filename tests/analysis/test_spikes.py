@@ -11,6 +11,7 @@ from lasnn_sj.analysis.energy import count_operations
 from lasnn_sj.analysis.spikes import record_traces, spike_statistics
 from lasnn_sj.models.readout import BatchError
 from lasnn_sj.neurons import IFNode, IntegratorNode
+from lasnn_sj.training import evaluation
 from lasnn_sj.training.evaluation import accuracy_over_time, evaluate
 
 
@@ -58,6 +59,17 @@ def test_pieces_of_time_change_nothing(chunk):
     whole = spike_statistics(net, images, DirectEncoder(10))
     assert whole.mean > 0
     assert spike_statistics(net, images, DirectEncoder(10), chunk=chunk) == whole
+
+
+def test_pieces_of_a_batch_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    net = models.vgg5(4, width=0.05, image_size=16)
+    images, seen = batches(torch.rand(5, 3, 16, 16), 5), []
+    whole = spike_statistics(net, images, DirectEncoder(10), samples=4)
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    monkeypatch.setattr(evaluation, "MOST_AT_ONCE", 30)
+    assert spike_statistics(net, images, DirectEncoder(10), samples=4) == whole
+    assert seen == [3, 1]
 
 
 def test_event_frames_need_no_encoder():

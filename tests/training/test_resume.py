@@ -116,6 +116,25 @@ def test_signals_finish_the_step_save_and_leave(tmp_path, alone, caplog, number,
     assert same(weights_of(trainer), alone(0)[0])
 
 
+def test_a_signal_ends_the_process_where_its_step_cannot_be_saved(tmp_path, caplog, monkeypatch):
+    """So that a process of many runs does not go on with the next one."""
+
+    def full(folder):
+        raise CheckpointError("no space left on device")
+
+    trainer = make_trainer(tmp_path, callbacks=[StopAt(6, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(trainer.progress, "save", full)
+    try:
+        with pytest.raises(SystemExit) as left, caplog.at_level(logging.ERROR, "lasnn_sj"):
+            trainer.fit(make_loader(), epochs=EPOCHS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143
+    assert "stopped after step 6, which could not be saved" in caplog.text
+    assert "no space left on device" in caplog.text
+
+
 def test_a_signal_behind_the_last_step_is_not_forgotten(tmp_path):
     """It comes as the last epoch is validated: that is finished and saved, and fit does not return."""
 

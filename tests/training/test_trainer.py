@@ -21,7 +21,7 @@ from lasnn_sj.distillation import (
 )
 from lasnn_sj.distillation.taps import TapError
 from lasnn_sj.models.readout import BatchError, class_scores
-from lasnn_sj.training import TrainingOptions
+from lasnn_sj.training import TrainingOptions, evaluation
 from lasnn_sj.training.checkpoint import CheckpointError
 from lasnn_sj.training.evaluation import evaluate
 
@@ -242,6 +242,26 @@ def test_evaluation_in_pieces_of_time(readout, chunk):
     pieces = evaluate(student, batches, DirectEncoder(7), readout=readout, chunk=chunk)
     assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert pieces["top1"] == whole["top1"]
+
+
+@pytest.mark.parametrize("kind", ["images", "frames", "images of an ANN"])
+def test_evaluation_of_many_samples_and_steps_in_pieces(kind, monkeypatch):
+    student, encoder, T = small_student(), DirectEncoder(7), 7
+    batches, seen = list(loader(16)), []
+    if kind == "frames":
+        batches, encoder = [(encoder(images), labels) for images, labels in batches], None
+    elif kind == "images of an ANN":
+        student, encoder, T = small_teacher(), None, 1
+    more = {} if T == 1 else {"over_time": True, "early_exit": 0.5}
+    whole = evaluate(student, batches, encoder, confusion=True, **more)
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[: 1 + (T > 1)].numel()))
+    monkeypatch.setattr(evaluation, "MOST_AT_ONCE", 3 * T + T // 2)
+    pieces = evaluate(student, batches, encoder, confusion=True, **more)
+    sizes = [[3 * T] * (len(labels) // 3) + [len(labels) % 3 * T] for _, labels in batches]
+    assert seen == [size for batch in sizes for size in batch if size]
+    assert len(seen) > 2 * len(batches)
+    assert torch.equal(pieces.pop("confusion"), whole.pop("confusion"))
+    assert pieces == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
 
 
 def test_evaluation_leaves_training_as_it_was():
